@@ -1,0 +1,35 @@
+# Everything a fresh clone needs. What is built lies in .venv, book/run and _build, and nowhere else.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PROFILE ?= pocket
+BIN := .venv/bin
+READY := .venv/.installed
+
+.PHONY: book test lab bench clean distclean
+
+book: $(READY)  ## run every notebook, build the site
+	$(BIN)/chassis run --profile $(PROFILE)
+	$(BIN)/chassis book --profile $(PROFILE)
+
+test: $(READY)  ## the tests
+	@$(BIN)/python -m pytest
+
+lab: $(READY)  ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir=. notebooks
+
+bench: $(READY)  ## ratios, each measured within one run
+	@$(BIN)/python benchmarks/bench.py
+
+clean:  ## what was built, but not the environment
+	rm -rf _build build book/run *.egg-info .pytest_cache .ruff_cache .hypothesis .jupyter_cache
+	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+distclean: clean  ## the environment too
+	rm -rf .venv
+
+$(READY): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
+	  echo "CHASSIS needs Python 3.11; '$(PYTHON)' is not it. Install it, or say: make PYTHON=/path/to/python3.11" >&2; \
+	  exit 1; }
+	"$(PYTHON)" -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[book,lab,test]"
+	@touch $@

@@ -1,0 +1,170 @@
+"""What harvest, fit and sweep cost, as ratios measured within one run; `README.md` defines what is counted."""
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch.nn.functional import kl_div
+from tqdm.auto import tqdm
+
+from chassis_utils import ChassisError, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load, probe_set
+from chassis_utils.harvest import Expert
+from chassis_utils.solve import Gram
+
+RANKS = (4, 8, 16, 32, 64, 128)
+REPETITIONS = 3
+RESULTS = Path(__file__).with_name("results.json")
+
+
+def probes(n: int) -> list[Probes]:
+    """Train (n), val and test (512 each, or n where that is less), mixed templates."""
+    return [probe_set("mixed", "train", n), *(probe_set("mixed", split, min(n, 512)) for split in ("val", "test"))]
+
+
+def ours(base: LanguageModel, expert: Expert, n: int, layers: list[int], method: str) -> pd.DataFrame:
+    """Harvest, fit and sweep `RANKS` on val and test, nothing kept from an earlier repetition."""
+    for model in (base, expert):
+        for kept in ("revision", "tokenizer_hash", "head_hash"):
+            model.__dict__.pop(kept, None)
+    train, *held_out = probes(n)
+    activations = harvest(base, expert, train, layers=layers, progress=False)
+    full = [fit(activations, method, layer=layer) for layer in layers]
+    return evaluate(base, expert, [one.at_rank(rank) for one in full for rank in RANKS], held_out)
+
+
+def recorded(base: LanguageModel, expert: LanguageModel, n: int) -> list[dict[str, torch.Tensor]]:
+    """The padded ids and masks `(batch, length)` that `ours` gives to the base, and so to the expert."""
+    batches, names = [], ("input_ids", "attention_mask")
+    keep = lambda _, __, given: batches.append({name: given[name] for name in names})  # noqa: E731
+    hook = base.backbone.register_forward_pre_hook(keep, with_kwargs=True)
+    ours(base, expert, n, [base.num_layers], "rrr")
+    hook.remove()
+    return batches
+
+
+@torch.inference_mode()
+def bare(models: list[torch.nn.Module], batches: list[dict[str, torch.Tensor]]) -> None:
+    """Every batch once through every model, nothing kept."""
+    for model in models:
+        for batch in batches:
+            model(**batch, use_cache=False)
+
+
+def naive_ridge(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`W (p, q)`, `b (q,)` from all rows at once, in float32."""
+    xc, yc = x - x.mean(0), y - y.mean(0)
+    weight = torch.linalg.solve(xc.T @ xc + 1e-3 * torch.eye(x.shape[1]), xc.T @ yc)
+    return weight, y.mean(0) - x.mean(0) @ weight
+
+
+@torch.inference_mode()
+def study(base: LanguageModel, expert: SyntheticExpert, n: int, layers: list[int]) -> dict[tuple[int, int, str], float]:
+    """The study's protocol; KL by (layer, rank, split)."""
+    (train, *held_out), final, head = probes(n), base.num_layers, base.readout.weight.T
+    fixed = {"padding": True, "padding_side": "right", "truncation": True, "max_length": 64, "return_tensors": "pt"}
+
+    def passes(given: Probes) -> Iterator[tuple[dict[int, torch.Tensor], torch.Tensor]]:
+        """By batch of 32: base states at the last token, layer -> `(32, hidden)`; expert logits `(32, vocab)`."""
+        for start in range(0, len(given), 32):
+            batch = base.tokenizer(list(given.prompts[start : start + 32]), **fixed)
+            last = torch.arange(len(batch["input_ids"])), batch["attention_mask"].sum(1) - 1
+            once, again = (base.model(**batch, output_hidden_states=True, use_cache=False) for _ in range(2))
+            target = expert.transform(again.hidden_states[final][last]) @ head
+            yield {layer: once.hidden_states[layer][last] for layer in layers}, target
+
+    states, targets = zip(*passes(train), strict=True)
+    logits, found = torch.cat(targets), {}
+    for layer in layers:
+        x = torch.cat([by_layer[layer] for by_layer in states])
+        lens, lens_bias = naive_ridge(x, logits)
+        columns = lens.norm(dim=0).topk(round(base.vocab_size * 2048 / 32000)).indices
+        full, shift = naive_ridge(x, x @ lens[:, columns] + lens_bias[columns] - (x @ head)[:, columns])
+        u, s, v = torch.linalg.svd(full, full_matrices=False)
+        for rank in RANKS:
+            for given in held_out:
+                total = 0.0
+                for by_layer, target in passes(given):
+                    h = by_layer[layer]
+                    adapted = h @ head
+                    adapted[:, columns] += (h @ u[:, :rank] * s[:rank]) @ v[:rank] + shift
+                    total += float(kl_div(adapted.log_softmax(-1), target.softmax(-1), reduction="sum"))
+                found[layer, rank, given.split] = total / len(given)
+    return found
+
+
+def ratios(over: str, parts: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Time the parts in turn and divide `over` by each other part, repetition by repetition."""
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for repetition in tqdm(range(REPETITIONS), desc=over, leave=False):
+        # Forth, then back: a machine that slows down or speeds up favours none.
+        for name in reversed(parts) if repetition % 2 else parts:
+            start = time.perf_counter()
+            parts[name]()
+            seconds[name].append(time.perf_counter() - start)
+    below = {name: times for name, times in seconds.items() if name != over}
+    return {f"{over} / {name}": [a / b for a, b in zip(seconds[over], t, strict=True)] for name, t in below.items()}
+
+
+def peak(name: str, n: int) -> int:
+    """Peak memory of this process after harvest and statistics of n prompts, every layer."""
+    base = load(name, device="cpu")
+    activations = harvest(base, SyntheticExpert.from_base(base), probe_set("mixed", "train", n), progress=False)
+    Gram.of(activations.layer(-1), activations.expert_hidden)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure(base: LanguageModel, expert: LanguageModel, n: int) -> dict[str, list[float]]:
+    """All ratios of time by name; of KL too, to show that both ways find the same adapters."""
+    final, synthetic, batches = base.num_layers, SyntheticExpert.from_base(base), recorded(base, expert, n)
+    parts, kept = {"ours": lambda: ours(base, expert, n, [final], "rrr")}, {}
+    parts["bare passes"] = lambda: bare([base.model, expert.model], batches)
+    parts["bare passes without heads"] = lambda: bare([base.backbone, expert.backbone], batches)
+    found = ratios("ours", parts)
+    for what, layers in {"final layer": [final], "three layers": [round(final * k / 22) for k in (10, 15, 22)]}.items():
+        parts = {f"study, {what}": lambda layers=layers: kept.update(study=study(base, synthetic, n, layers))}
+        parts["ours"] = lambda layers=layers: kept.update(ours=ours(base, synthetic, n, layers, "v1"))
+        found |= ratios(f"study, {what}", parts)
+        table = kept["ours"].dropna(subset="rank").set_index(["layer", "rank", "split"])["kl"]
+        found[f"largest KL ratio, study / ours, {what}"] = [max(kept["study"][key] / v for key, v in table.items())]
+    return found
+
+
+def main() -> bool:
+    """Run everything, print the table, write `results.json`; False if a target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", default="pocket-base")
+    parser.add_argument("--expert", default="pocket-math")
+    parser.add_argument("--n", type=int, default=4096, help="training prompts; the targets are for 4096")
+    args = parser.parse_args()
+    # First, as a new process starts from the peak of the one that makes it.
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        small, large = pool.starmap(peak, [(args.base, args.n // 4), (args.base, args.n)], chunksize=1)
+    found = measure(load(args.base, device="cpu"), load(args.expert, device="cpu"), args.n)
+    found["peak memory, n / (n / 4) prompts"] = [large / small]
+    setting = vars(args) | {"ranks": RANKS, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    print(", ".join(f"{key} {value}" for key, value in setting.items()))
+    for name, runs in found.items():
+        print(f"{name:<48}{statistics.median(runs):9.3f}   ({min(runs):.3f} to {max(runs):.3f})")
+    cost, gain = (statistics.median(found[name]) for name in ("ours / bare passes", "study, final layer / ours"))
+    met = {f"cost {cost:.2f} at most 1.25": cost <= 1.25, f"gain {gain:.1f} at least 10": gain >= 10}
+    print(", ".join(f"{target}: {'met' if good else 'MISSED'}" for target, good in met.items()))
+    temporary = RESULTS.with_name(f".{RESULTS.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(setting | {"ratios": found, "targets": met}, indent=1) + "\n")
+    os.replace(temporary, RESULTS)
+    return all(met.values())
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(not main())
+    except ChassisError as error:
+        sys.exit(f"bench: {error}")

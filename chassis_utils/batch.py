@@ -1,0 +1,290 @@
+"""Profiles and papermill: notebooks in, executed notebooks out, never a failed one; then the book."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import papermill
+import yaml
+
+from .errors import ChassisError
+from .records import forget, locked
+
+PARAMETERS = ("base", "expert", "n_train", "ranks", "layers", "seed", "device", "out_dir")
+_PROFILES = Path("notebooks", "profiles.yml")
+_LAYOUT = {"description": str, "defaults": dict, "notebooks": dict}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One block of `profiles.yml`."""
+
+    name: str
+    root: Path  # the project: holds `notebooks/`, `_toc.yml` and `book/`
+    description: str
+    defaults: dict[str, Any]  # given to the notebooks that declare them
+    notebooks: dict[str, dict[str, Any]]  # stem -> its own values, in the order they run
+
+    @property
+    def run_dir(self) -> Path:
+        """Where executed notebooks and records go: `book/run/<name>`."""
+        return self.root / "book" / "run" / self.name
+
+
+def find_root() -> Path:
+    """The project that the working folder lies in, else the one this package lies in.
+
+    Raises:
+        ChassisError: there is neither.
+    """
+    for folder in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1]):
+        if (folder / _PROFILES).is_file():
+            return folder
+    raise ChassisError(f"no {_PROFILES} here or above {Path.cwd()}: run from inside a clone of the project")
+
+
+def load_profile(name: str, path: str | Path | None = None) -> Profile:
+    """Read one profile.
+
+    Args:
+        name: the name of a block.
+        path: a `<project>/notebooks/profiles.yml`; by default that of `find_root`.
+
+    Raises:
+        ChassisError: no such profile (the message lists them), or a file that is no profiles file.
+    """
+    path = (find_root() / _PROFILES if path is None else Path(path)).resolve()
+    try:
+        blocks = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ChassisError(f"cannot read profiles from {path}: {_line(error)}") from error
+    if not isinstance(blocks, dict) or name not in blocks:
+        known = ", ".join(map(str, blocks)) if isinstance(blocks, dict) else "none"
+        raise ChassisError(f"unknown profile {name!r}: {path.name} has {known}")
+    block = blocks[name]
+    if not isinstance(block, dict) or {k: type(v) for k, v in block.items()} != _LAYOUT:
+        raise ChassisError(f"profile {name!r} in {path} must hold a description, defaults and notebooks, and no more")
+    own = {stem: values or {} for stem, values in block["notebooks"].items()}
+    for key in {*block["defaults"], *(k for values in own.values() for k in values)} - {*PARAMETERS[:-1]}:
+        raise ChassisError(f"profile {name!r}: {_unknown(key)}")
+    return Profile(name, path.parents[1], block["description"], block["defaults"], own)
+
+
+def _line(error: BaseException | str) -> str:
+    """The last line of a message that says something."""
+    return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]
+
+
+def _unknown(key: str) -> str:
+    close = get_close_matches(str(key), PARAMETERS[:-1], n=1)
+    advice = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(PARAMETERS[:-1])}"
+    return f"unknown parameter {key!r}: {advice}"
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a value has the type of a notebook's default; None there accepts anything."""
+    if isinstance(default, list | tuple) and default:
+        return isinstance(value, list) and bool(value) and all(_fits(v, default[0]) for v in value)
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return default is None or type(value) is type(default)
+
+
+def _declared(source: Path) -> dict[str, Any]:
+    """Parameters that a notebook declares, with their defaults (None where it is no plain value)."""
+    try:
+        told = papermill.inspect_notebook(source)
+    except Exception as error:
+        raise ChassisError(f"{source} is no notebook that can be run: {_line(error)}") from error
+    defaults = {}
+    for name, parameter in told.items():
+        if name not in PARAMETERS:
+            raise ChassisError(f"{source.name} declares {name!r}: notebooks share only {', '.join(PARAMETERS)}")
+        try:
+            defaults[name] = ast.literal_eval(parameter["default"])
+        except (ValueError, SyntaxError):
+            defaults[name] = None
+    return defaults
+
+
+def _plan(notebooks: Sequence[str], profile: Profile, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Stem -> parameters of each chosen notebook (all of them if none is named), in the profile's order.
+
+    Raises:
+        ChassisError: unknown notebook or parameter, a value of another type than the notebook's default.
+    """
+    chosen = {Path(name).name.removesuffix(".ipynb") for name in notebooks} or {*profile.notebooks}
+    if wrong := sorted(chosen - {*profile.notebooks}):
+        raise ChassisError(f"unknown notebook {', '.join(wrong)}: choose from {', '.join(profile.notebooks)}")
+    if "out_dir" in settings:
+        raise ChassisError("out_dir is no setting: give the output folder with --out")
+    for key in settings:
+        if key not in PARAMETERS:
+            raise ChassisError(_unknown(key))
+    plan: dict[str, dict[str, Any]] = {}
+    unused = {*settings}
+    for stem, own in profile.notebooks.items():
+        if stem not in chosen:
+            continue
+        declared = _declared(profile.root / "notebooks" / f"{stem}.ipynb")
+        if idle := sorted({*own} - {*declared}):
+            raise ChassisError(f"profile {profile.name!r} gives {stem} {', '.join(idle)}, which it does not declare")
+        values = {k: v for k, v in {**profile.defaults, **own, **settings}.items() if k in declared}
+        for key, value in values.items():
+            if not _fits(value, declared[key]):
+                raise ChassisError(f"{key}={value!r} does not fit {stem}: give something like {declared[key]!r}")
+        plan[stem] = values | dict.fromkeys({"out_dir"} & {*declared})
+        unused -= {*declared}
+    if unused:
+        raise ChassisError(f"none of the chosen notebooks takes {', '.join(sorted(unused))}")
+    return plan
+
+
+def run(
+    notebooks: Sequence[str],
+    profile: str | Profile,
+    settings: Mapping[str, Any] | None = None,
+    out_dir: str | Path | None = None,
+    progress: bool = True,
+) -> list[Path]:
+    """Execute notebooks; each is published in the output folder only if it ran to its end.
+
+    A notebook that fails goes to `failed/`, its earlier page and records are removed, and the rest still runs.
+
+    Args:
+        notebooks: stems; none means all of the profile.
+        profile: a profile or its name.
+        settings: parameters that override the profile's.
+        out_dir: by default the profile's run folder.
+        progress: print a line a notebook.
+
+    Returns:
+        The published notebooks.
+
+    Raises:
+        ChassisError: bad input, before anything has run; or the notebooks that failed, after all have.
+    """
+    profile = load_profile(profile) if isinstance(profile, str) else profile
+    plan = _plan(notebooks, profile, settings or {})
+    out = (profile.run_dir if out_dir is None else Path(out_dir)).resolve()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ChassisError(f"cannot write to the output folder {out} ({error.strerror}): choose another") from error
+    published, failures = [], []
+    busy = f"another run is writing to {out}: wait for its end, or give another folder"
+    with locked(out / ".run.lock", busy) as lock:
+        for stem, values in plan.items():
+            clock = time.monotonic()
+            cause = _execute(profile.root / "notebooks" / f"{stem}.ipynb", out, values, lock)
+            if progress:
+                print(f"{stem}: {'failed' if cause else 'done'}, {time.monotonic() - clock:.1f} s", flush=True)
+            if cause:
+                failures.append(f"{stem} ({cause})")
+            else:
+                published.append(out / f"{stem}.ipynb")
+    if failures:
+        raise ChassisError(f"failed, see {out / 'failed'}: {'; '.join(failures)}")
+    return published
+
+
+def _execute(source: Path, out: Path, values: dict[str, Any], lock: int) -> str | None:
+    """Run one notebook and publish it, or move it to `failed/` and return the cause in a line."""
+    partial, final, failed = out / f".{source.stem}.partial.ipynb", out / source.name, out / "failed" / source.name
+    if "out_dir" in values:
+        # A page of the book shows its parameters: inside the project they name no folder of this machine.
+        inside = out.is_relative_to(source.parents[1])
+        values = values | {"out_dir": os.path.relpath(out, source.parent) if inside else str(out)}
+    # The notebooks import the package that runs them, installed or not.
+    path = os.pathsep.join(filter(None, (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH"))))
+    # The child keeps the lock open, so that a run whose parent was killed still counts as one.
+    script = Path(__file__).with_name("execute.py")
+    child = subprocess.Popen(
+        [sys.executable, "-P", str(script), json.dumps([str(source), str(partial), values])],
+        env=os.environ | {"CHASSIS_HEADLESS": "1", "PYTHONPATH": path},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        pass_fds=(lock,),
+    )
+    try:
+        told = child.communicate()[1]
+        cause = _cause(partial, child.returncode, told)
+        if cause is None:
+            os.replace(partial, final)
+            failed.unlink(missing_ok=True)
+            return None
+        final.unlink(missing_ok=True)
+        forget(out, source.stem)
+        if partial.exists():
+            failed.parent.mkdir(exist_ok=True)
+            os.replace(partial, failed)
+        return cause
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            child.wait()
+        partial.unlink(missing_ok=True)
+
+
+def _cause(executed: Path, code: int = 0, told: str = "") -> str | None:
+    """Why a notebook has not run to its end, in one line; None if it has."""
+    try:
+        notebook = json.loads(executed.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return _line(told or "nothing was written")
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", ()):
+            if output["output_type"] == "error":
+                return f"{output['ename']}: {(output['evalue'].strip().splitlines() or [''])[0]}"
+    state = notebook["metadata"].get("papermill", {})
+    return (
+        _line(told or "it stopped before its end")
+        if code or state.get("exception") or not state.get("end_time")
+        else None
+    )
+
+
+def build_book(profile: str | Profile) -> Path:
+    """Build the HTML book from executed notebooks.
+
+    Returns:
+        The first page. The profile `pocket` is built in `_build`, another in `_build/<name>`.
+
+    Raises:
+        ChassisError: a notebook of the table of contents was not executed or has failed; the build warned.
+    """
+    profile = load_profile(profile) if isinstance(profile, str) else profile
+    root, toc = profile.root, profile.root / "_toc.yml"
+    if not toc.is_file():
+        raise ChassisError(f"no table of contents at {toc}: run from inside a clone of the project")
+    text = toc.read_text(encoding="utf-8").replace("book/run/pocket", f"book/run/{profile.name}")
+    pages = [line.split("file:")[1].strip() for line in text.splitlines() if "file:" in line and "book/run/" in line]
+    causes = {Path(page).stem: _cause(root / Path(page).with_suffix(".ipynb")) for page in pages}
+    if missing := [f"{stem} ({cause})" for stem, cause in causes.items() if cause]:
+        raise ChassisError(f"not executed: {', '.join(missing)}; run `chassis run --profile {profile.name}` first")
+    target = root if profile.name == "pocket" else root / "_build" / profile.name
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".yml", prefix=".toc-", dir=root, encoding="utf-8") as table:
+        table.write(text)
+        table.flush()
+        # The package has no `python -m` entry, and the command of that name on PATH may belong to another Python.
+        command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", "."]
+        command += ["-W", "-n", "--keep-going", "--toc", table.name, "--path-output", str(target)]
+        code = subprocess.run(command, cwd=root, check=False).returncode
+    if code:
+        raise ChassisError(f"the book did not build (exit code {code}): the warnings above say why")
+    return target / "_build" / "html" / "index.html"

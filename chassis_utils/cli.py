@@ -1,0 +1,95 @@
+"""The command `chassis`: run notebooks, build the book, remake the pocket models."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import ChassisError
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """`key=value`, the value read as YAML: `ranks=[1, 2]` is a list of integers."""
+    import yaml
+
+    key, equals, value = text.partition("=")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"the value of {key!r} is no YAML: {value!r}") from None
+    if not equals or not key.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not key=value")
+    return key.strip(), parsed
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .records import package_version
+
+    parser = argparse.ArgumentParser(prog="chassis", description=__doc__)
+    version = package_version("chassis_utils") or "(not installed)"
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    run = commands.add_parser("run", help="execute notebooks into book/run/<profile>")
+    run.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="such as 01_exact_adapter; none means all")
+    run.add_argument("--profile", default="pocket", help="a block of notebooks/profiles.yml (default: pocket)")
+    run.add_argument("--set", dest="settings", type=_setting, action="append", default=[], metavar="KEY=VALUE")
+    run.add_argument("--out", metavar="DIR", help="write here instead")
+
+    book = commands.add_parser("book", help="build the HTML from executed notebooks")
+    book.add_argument("--profile", default="pocket", help="whose results (default: pocket)")
+
+    pocket = commands.add_parser("pocket", help="train the bundled models again")
+    pocket.add_argument("--corpora", required=True, metavar="DIR", help="folder of corpora")
+    pocket.add_argument("--out", required=True, metavar="DIR", help="folder for the models")
+    pocket.add_argument("--only", metavar="NAME", help="one model, such as pocket-math")
+    pocket.add_argument("--fetch", action="store_true", help="download the corpora first, where they are missing")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    from .batch import run
+
+    run(options.notebooks, options.profile, dict(options.settings), options.out)
+
+
+def _book(options: argparse.Namespace) -> None:
+    from .batch import build_book
+
+    print(f"the book: {build_book(options.profile).as_uri()}")
+
+
+def _pocket(options: argparse.Namespace) -> None:
+    from .recipe import PLANS, fetch_corpora, read_corpora, train
+
+    if options.only and options.only not in PLANS:
+        raise ChassisError(f"unknown pocket model {options.only!r}: choose from {', '.join(PLANS)}")
+    if options.fetch:
+        fetch_corpora(options.corpora)
+    corpora = {split: read_corpora(options.corpora, split) for split in ("train", "val", "test")}
+    for name in [options.only] if options.only else PLANS:
+        print(train(PLANS[name], corpora, options.out, compiled=True))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0 if all went well, 1 for bad input or a failed notebook, 130 if interrupted. Wrong usage exits with 2.
+    """
+    options = _parser().parse_args(argv)
+    try:
+        {"run": _run, "book": _book, "pocket": _pocket}[options.command](options)
+    except ChassisError as error:
+        print(f"chassis: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("chassis: interrupted, what was finished is kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Execute one notebook by papermill, as a script in a process of its own.
+
+papermill changes the working folder of its process, and a crash stays in there. No other module of the package is
+imported: the kernel loads what the notebook needs, and loading it here as well would cost seconds a notebook.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from typing import Any
+
+if __name__ == "__main__":
+    # An optional check of web addresses by jsonschema, which takes two seconds to load and which no notebook needs.
+    sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
+
+import papermill
+from ipykernel.kernelspec import make_ipkernel_cmd
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
+
+
+class InterpreterKernel(AsyncKernelManager):
+    """A kernel of the very interpreter that runs, whatever `python3` kernels are installed on the machine.
+
+    It talks through sockets in a folder of its own: kernels started side by side race for TCP ports.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="chassis-")
+        place = os.path.join(self._folder.name, "k")
+        super().__init__(transport="ipc", ip=place, connection_file=f"{place}.json", **options)
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        """The specification of `sys.executable`'s kernel."""
+        return KernelSpec(argv=make_ipkernel_cmd(), display_name="Python 3", language="python")
+
+
+if __name__ == "__main__":
+    source, output, values = json.loads(sys.argv[1])
+    options = {"cwd": os.path.dirname(source), "kernel_manager_class": InterpreterKernel}
+    papermill.execute_notebook(source, output, values, kernel_name="python3", progress_bar=False, **options)

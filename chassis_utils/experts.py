@@ -1,0 +1,85 @@
+"""Experts that are a function of the base's own hidden state."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .errors import ChassisError
+from .models import LanguageModel, Readout, load
+
+
+@dataclass(frozen=True)
+class SyntheticExpert:
+    """`h + (h U) V'` in front of the base's own head: an expert whose exact adapter is known.
+
+    Source: the study's synthetic expert (rank 64, scale 0.01, seed 0 at hidden size 2,048).
+    """
+
+    name: str
+    down: torch.Tensor
+    """`U (hidden, rank)`."""
+    up: torch.Tensor
+    """`V' (rank, hidden)`."""
+    readout: Readout
+
+    @classmethod
+    def from_base(
+        cls, base: LanguageModel, rank: int | None = None, strength: float = 1.0, seed: int = 0
+    ) -> SyntheticExpert:
+        """Draw one for a base of any size.
+
+        Args:
+            base: the model whose hidden states it changes.
+            rank: rank of the change; hidden / 32 unless given, as 64 is to 2,048.
+            strength: 1.0 changes `h` by the same relative amount as the study's 0.01 did at hidden 2,048 and
+                rank 64: entries have size `0.01 sqrt(strength) (2048 / hidden)^(1/2)`.
+            seed: of the draw.
+
+        Raises:
+            ChassisError: rank outside 1..hidden.
+        """
+        hidden = base.hidden_size
+        rank = max(1, hidden // 32) if rank is None else rank
+        if not 1 <= rank <= hidden:
+            raise ChassisError(f"expert rank {rank} is outside 1..{hidden}, the hidden size of {base.name}")
+        generator = torch.Generator().manual_seed(seed)
+        size = 0.01 * math.sqrt(strength * 2048 / hidden)
+        u = size * torch.randn(hidden, rank, generator=generator)
+        v = size * torch.randn(hidden, rank, generator=generator)
+        name = f"synthetic(rank={rank}, strength={strength:g}, seed={seed})"
+        return cls(name, u.to(base.device), v.T.contiguous().to(base.device), base.readout)
+
+    @property
+    def revision(self) -> str:
+        return hashlib.sha256(self.down.cpu().numpy().tobytes() + self.up.cpu().numpy().tobytes()).hexdigest()[:16]
+
+    def transform(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The expert's head input `(n, hidden)` from the base's."""
+        return hidden + (hidden @ self.down) @ self.up
+
+
+def load_expert(spec: str, base: LanguageModel, seed: int = 0) -> LanguageModel | SyntheticExpert:
+    """The expert that a notebook's `expert` parameter names.
+
+    Args:
+        spec: `synthetic` (the study's relative strength), `synthetic:8` (eight times that), or a model as for `load`.
+        base: the model it will be compared with.
+        seed: of a synthetic expert.
+
+    Raises:
+        ChassisError: the strength is no positive number, or the model cannot be loaded.
+    """
+    kind, _, strength = spec.partition(":")
+    if kind != "synthetic":
+        return load(spec, device=str(base.device))
+    try:
+        value = float(strength or 1)
+    except ValueError:
+        value = math.nan
+    if not value > 0:
+        raise ChassisError(f"expert '{spec}': after 'synthetic:' give a positive strength, as in synthetic:8")
+    return SyntheticExpert.from_base(base, strength=value, seed=seed)

@@ -1,0 +1,341 @@
+"""Run both models over the probes once and keep their hidden states."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers.decoders import ByteLevel
+from tqdm.auto import tqdm
+
+from .errors import ChassisError
+from .experts import SyntheticExpert
+from .models import LanguageModel
+from .probes import Probes, probe_set
+
+Expert = LanguageModel | SyntheticExpert
+
+SHARD = 1024  # prompts a shard: what a kill can cost
+
+
+@dataclass
+class Activations:
+    """Hidden states of base and expert at the same positions; row order is prompt, then position."""
+
+    base: LanguageModel
+    expert: Expert
+    probes: Probes
+    positions: str
+    """`last` (one row a prompt) or `all` (one row a token)."""
+    hidden: dict[int, torch.Tensor]
+    """layer -> `(n, hidden)` of the base, float32. The final layer is always there."""
+    expert_hidden: torch.Tensor
+    """`(n, expert hidden)`: what the expert's head reads."""
+    prompt: torch.Tensor
+    """`(n,)`: number of the prompt a row belongs to."""
+    next_token: torch.Tensor
+    """`(n,)`: id of the token that follows, -1 where none does."""
+    num_bytes: int
+    """UTF-8 bytes of the tokens that `next_token` names, for bits per byte."""
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted(self.hidden)
+
+    @property
+    def final(self) -> int:
+        return self.base.num_layers
+
+    def layer(self, layer: int) -> torch.Tensor:
+        """Hidden states `(n, hidden)` of one layer; negative numbers count from the last.
+
+        Raises:
+            ChassisError: the layer does not exist or was not harvested.
+        """
+        number = layer + self.final + 1 if layer < 0 else layer
+        if number not in self.hidden:
+            have = ", ".join(map(str, self.layers))
+            raise ChassisError(f"layer {layer} is not among the harvested layers {have} of {self.base.name} (0..{self.final})")
+        return self.hidden[number]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write as `activations.safetensors`; read back with `Activations.load`."""
+        folder = _make(folder)
+        tensors = {f"hidden.{layer}": h for layer, h in self.hidden.items()}
+        tensors |= {"expert_hidden": self.expert_hidden, "prompt": self.prompt, "next_token": self.next_token}
+        meta = {
+            "probes": json.dumps([self.probes.name, self.probes.split, self.probes.prompts]),
+            "positions": self.positions,
+            "num_bytes": str(self.num_bytes),
+            "base": self.base.revision,
+            "expert": self.expert.revision,
+        }
+        return _write(tensors, folder / "activations.safetensors", meta)
+
+    @classmethod
+    def load(cls, folder: str | Path, base: LanguageModel, expert: Expert) -> Activations:
+        """Read what `save` wrote.
+
+        Raises:
+            ChassisError: nothing there, a damaged file, or activations of other models.
+        """
+        path = Path(folder) / "activations.safetensors"
+        tensors, meta = _read(path)
+        for role, model in (("base", base), ("expert", expert)):
+            if meta.get(role) != model.revision:
+                raise ChassisError(f"{path} was made with another {role} than {model.name}: harvest again")
+        name, split, prompts = json.loads(meta["probes"])
+        hidden = {int(k.split(".")[1]): t for k, t in tensors.items() if k.startswith("hidden.")}
+        rest = {k: tensors[k] for k in ("expert_hidden", "prompt", "next_token")}
+        probes = Probes(name, split, tuple(prompts))
+        return cls(base, expert, probes, meta["positions"], hidden, num_bytes=int(meta["num_bytes"]), **rest)
+
+
+def harvest(
+    base: LanguageModel,
+    expert: Expert,
+    probes: Probes,
+    positions: str = "last",
+    layers: Sequence[int] | None = None,
+    *,
+    batch_tokens: int = 4096,
+    padding: str = "right",
+    out_dir: str | Path | None = None,
+    progress: bool = True,
+) -> Activations:
+    """One forward pass per model and prompt, every layer from the same pass, no logits.
+
+    Prompts are batched by length. With `out_dir`, each shard of 1,024 prompts is written as it is done: a second
+    call goes on from there, and shards are shared by every expert and notebook that asks for the same base,
+    probes, layers and positions.
+
+    Args:
+        base: the frozen base.
+        expert: a model with the base's tokenizer, or a function of the base's hidden state.
+        probes: what to run.
+        positions: `last` token of each prompt, or `all` tokens.
+        layers: of the base, 0..num_layers, negative from the last; None is every layer.
+        batch_tokens: padded tokens a batch.
+        padding: side, `right` or `left`; changes nothing but rounding.
+        out_dir: folder for shards.
+        progress: show a bar.
+
+    Raises:
+        ChassisError: layer out of range, an unknown `positions` or `padding`, a prompt longer than a model,
+            tokenizers that differ, or activations that are not finite (prompt and layer are named).
+    """
+    final = base.num_layers
+    wanted = sorted({final, *(_layer_number(base, layer) for layer in (range(final + 1) if layers is None else layers))})
+    if positions not in ("last", "all"):
+        raise ChassisError(f"positions = '{positions}': choose last or all")
+    if padding not in ("left", "right"):
+        raise ChassisError(f"padding = '{padding}': choose left or right")
+    if isinstance(expert, LanguageModel) and expert.tokenizer_hash != base.tokenizer_hash:
+        raise ChassisError(f"{expert.name} and {base.name} have different tokenizers: an expert like that needs a bridge")
+    if isinstance(expert, LanguageModel) and tokenize(expert, probes)[0] != tokenize(base, probes)[0]:
+        raise ChassisError(f"{expert.name} and {base.name} cut the prompts into other tokens: check the beginning-of-text token")
+    run = _Run(probes, positions, batch_tokens, padding, None if out_dir is None else _make(out_dir), progress)
+    states, tokens, num_bytes = run.collect(base, wanted)
+    if isinstance(expert, SyntheticExpert):
+        if expert.readout is not base.readout and not torch.equal(expert.readout.weight, base.readout.weight):
+            raise ChassisError(f"{expert.name} was drawn for another base than {base.name}: SyntheticExpert.from_base again")
+        expert_hidden = expert.transform(states[final].to(expert.down.device)).cpu()
+    else:
+        expert_hidden = run.collect(expert, [expert.num_layers])[0][expert.num_layers]
+    return Activations(base, expert, probes, positions, states, expert_hidden, tokens[0], tokens[1], num_bytes)
+
+
+def harvest_splits(
+    base: LanguageModel,
+    expert: Expert,
+    n_train: int = 4096,
+    *,
+    text: str = "prose",
+    out_dir: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, Activations]:
+    """Everything a notebook judges by, every layer, harvested once.
+
+    Returns:
+        The study's prompts, at their last token, as `train` (n_train), `val` and `test` (an eighth each); `template`, as
+        many prompts of templates never fitted on; `single`, the study's one free prompt; and at every position the
+        passages of `text`: `text_train`, `text_val`, `text`.
+    """
+    held = max(1, n_train // 8)
+    sets = {
+        "train": (probe_set("mixed", "train", n_train), "last"),
+        "val": (probe_set("mixed", "val", held), "last"),
+        "test": (probe_set("mixed", "test", held), "last"),
+        "template": (probe_set("unseen", "test", held), "last"),
+        "single": (probe_set("single", "test"), "last"),
+        "text_train": (probe_set(text, "train"), "all"),
+        "text_val": (probe_set(text, "val"), "all"),
+        "text": (probe_set(text, "test"), "all"),
+    }
+    return {k: harvest(base, expert, p, where, out_dir=out_dir, progress=progress) for k, (p, where) in sets.items()}
+
+
+@dataclass
+class _Run:
+    """What stays the same between the base's pass and the expert's."""
+
+    probes: Probes
+    positions: str
+    batch_tokens: int
+    padding: str
+    out_dir: Path | None
+    progress: bool
+
+    def collect(
+        self, model: LanguageModel, layers: list[int]
+    ) -> tuple[dict[int, torch.Tensor], torch.Tensor, int]:
+        """Hidden states of one model: layer -> `(n, hidden)`, `(2, n)` prompt numbers and next tokens, bytes."""
+        ids, sizes = tokenize(model, self.probes)
+        key = {
+            "model": model.revision,
+            "tokenizer": model.tokenizer_hash,
+            "dtype": str(model.model.dtype),
+            "probes": self.probes.digest,
+            "positions": self.positions,
+            "layers": layers,
+            "shard": SHARD,
+            "torch": torch.__version__,
+        }
+        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        parts: list[dict[str, torch.Tensor]] = []
+        bar = tqdm(total=len(ids), desc=f"{model.name} / {self.probes.name}", disable=not self.progress, leave=False)
+        for first in range(0, len(ids), SHARD):
+            path = None if self.out_dir is None else self.out_dir / f"{digest}-{first // SHARD:05d}.safetensors"
+            part = None
+            if path is not None and path.exists():
+                try:
+                    part = _read(path)[0]
+                except ChassisError:
+                    tqdm.write(f"{path.name} is damaged and is made again")
+            if part is None:
+                part = self._shard(model, layers, ids[first : first + SHARD], first)
+                if path is not None:
+                    _write(part, path, {"key": json.dumps(key)})
+            parts.append(part)
+            bar.update(min(SHARD, len(ids) - first))
+        bar.close()
+        joined = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        tokens = torch.stack([joined["prompt"], joined["next_token"]])
+        return {layer: joined[f"hidden.{layer}"] for layer in layers}, tokens, sum(sizes)
+
+    def _shard(
+        self, model: LanguageModel, layers: list[int], ids: list[list[int]], first: int
+    ) -> dict[str, torch.Tensor]:
+        rows: dict[int, dict[int, torch.Tensor]] = {}
+        for batch in _batches([len(i) for i in ids], self.batch_tokens):
+            width = max(len(ids[i]) for i in batch)
+            tokens, mask = torch.zeros(len(batch), width, dtype=torch.long), torch.zeros(len(batch), width, dtype=torch.long)
+            for row, i in enumerate(batch):
+                place = slice(0, len(ids[i])) if self.padding == "right" else slice(width - len(ids[i]), width)
+                tokens[row, place] = torch.tensor(ids[i])
+                mask[row, place] = 1
+            for layer, state in model.states(tokens, mask, layers).items():
+                state = state.cpu()
+                for row, i in enumerate(batch):
+                    real = state[row][mask[row].bool()]
+                    real = real[-1:].clone() if self.positions == "last" else real.clone()
+                    if not torch.isfinite(real).all():
+                        raise ChassisError(
+                            f"{model.name} gives NaN or infinity at layer {layer} on prompt {first + i} of "
+                            f"'{self.probes.name}': try dtype float32, or leave that prompt out"
+                        )
+                    rows.setdefault(i, {})[layer] = real
+        part = {f"hidden.{layer}": torch.cat([rows[i][layer] for i in range(len(ids))]) for layer in layers}
+        keep = [i[-1:] if self.positions == "last" else i for i in ids]
+        following = [[-1] if self.positions == "last" else [*i[1:], -1] for i in ids]
+        part["prompt"] = torch.tensor([first + n for n, i in enumerate(keep) for _ in i])
+        part["next_token"] = torch.tensor([t for f in following for t in f])
+        return part
+
+
+def tokenize(model: LanguageModel, probes: Probes) -> tuple[list[list[int]], list[int]]:
+    """Ids of every prompt, and the bytes of those tokens that have one before them.
+
+    With a beginning-of-text token that is the whole prompt; without one the first token is not predicted.
+
+    Raises:
+        ChassisError: a prompt is longer than the model, or has an id outside its embedding.
+    """
+    fast = getattr(model.tokenizer, "is_fast", False)
+    encoded = model.tokenizer(list(probes.prompts), return_offsets_mapping=fast, verbose=False)
+    rows = model.model.get_input_embeddings().weight.shape[0]
+    byte_level = isinstance(getattr(getattr(model.tokenizer, "backend_tokenizer", None), "decoder", None), ByteLevel)
+    sizes = []
+    for n, (ids, prompt) in enumerate(zip(encoded["input_ids"], probes.prompts, strict=True)):
+        if len(ids) > model.context:
+            raise ChassisError(
+                f"prompt {n} of '{probes.name}' has {len(ids)} tokens, {model.name} takes {model.context}: shorten it"
+            )
+        if not ids or max(ids) >= rows:
+            raise ChassisError(f"prompt {n} of '{probes.name}' has no token, or one beyond the embedding of {model.name}")
+        start = missing = 0
+        if ids[0] not in model.tokenizer.all_special_ids:
+            if not fast:
+                raise ChassisError(f"{model.name}: a slow tokenizer without a beginning-of-text token gives no byte counts")
+            start = encoded["offset_mapping"][n][0][1]
+            first = model.tokenizer.convert_ids_to_tokens(ids[0])
+            # Offsets count characters; a byte-level token may be a part of one, and has one letter a byte.
+            missing = len(prompt[:start].encode()) - len(first) if byte_level else 0
+        sizes.append(len(prompt[start:].encode()) + missing)
+    return encoded["input_ids"], sizes
+
+
+def _layer_number(base: LanguageModel, layer: int) -> int:
+    number = layer + base.num_layers + 1 if layer < 0 else layer
+    if not 0 <= number <= base.num_layers:
+        raise ChassisError(f"layer {layer} does not exist: {base.name} has 0 (embedding) to {base.num_layers} (final)")
+    return number
+
+
+def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+    """Prompt numbers in batches of like length, at most `batch_tokens` padded tokens each."""
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    batches: list[list[int]] = [[]]
+    for i in order:
+        if batches[-1] and lengths[i] * (len(batches[-1]) + 1) > batch_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def _make(folder: str | Path) -> Path:
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ChassisError(f"cannot write to {folder} ({error.strerror}): choose another folder") from error
+    return folder
+
+
+def _write(tensors: dict[str, torch.Tensor], path: Path, meta: dict[str, str]) -> Path:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata=meta)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ChassisError(f"cannot write {path} ({error}): check the folder and the disk") from error
+    return path
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ChassisError(f"{path} is missing or damaged ({type(error).__name__}): make it again") from error

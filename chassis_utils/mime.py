@@ -1,0 +1,96 @@
+"""Plotly figures in the book: the renderer MyST-NB lacks, and the way a figure travels between pages.
+
+The page holds the figure's JSON and nothing else; one `plotly.min.js`, taken from the installed plotly, is
+loaded where a page has a figure. All of it works from `file://`, with no network.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, ClassVar
+
+from docutils import nodes
+
+PLOTLY_MIME = "application/vnd.plotly.v1+json"
+MARK = 'class="chassis-plot"'
+DEFAULT_HEIGHT = 440  # pixels
+
+
+class PlotlyRenderer:
+    """MyST-NB mime renderer (entry point `myst_nb.mime_renderers`) for figures as papermill stores them."""
+
+    mime_priority_overrides: ClassVar[list[tuple[str, str, int | None]]] = [("*", PLOTLY_MIME, 1)]
+
+    @staticmethod
+    def handle_mime(renderer: Any, data: Any, inline: bool) -> list[nodes.Element] | None:
+        """The nodes of one output, or None where the output is not a plotly figure."""
+        if inline or data.mime_type != PLOTLY_MIME:
+            return None
+        return [nodes.raw(text=figure_html(data.content), format="html", classes=["output"])]
+
+
+def figure_html(figure: dict[str, Any]) -> str:
+    """A plotly figure (its JSON) as a piece of a page: a named picture, drawn once the script is there.
+
+    Its name is `layout.meta.alt` where there is one, else the title.
+    """
+    layout = figure.get("layout", {})
+    meta, title = layout.get("meta"), layout.get("title")
+    name = (meta.get("alt") if isinstance(meta, dict) else "") or (title.get("text") if isinstance(title, dict) else "")
+    label = html.escape(" ".join(re.sub(r"<[^>]*>", " ", name or "Interactive figure").split()))
+    height = layout.get("height") or layout.get("template", {}).get("layout", {}).get("height") or DEFAULT_HEIGHT
+    parts = {"data": figure.get("data", []), "layout": layout, "frames": figure.get("frames", [])}
+    # With no "<" in the script element, no string of the figure can close it.
+    payload = json.dumps(parts).replace("<", "\\u003c")
+    return (
+        f'<div {MARK} style="min-height:{int(height)}px">'
+        f'<div class="chassis-canvas" role="img" aria-label="{label}"></div>'
+        f'<script type="application/json">{payload}</script>'
+        f"<noscript>{label} (This figure is drawn by JavaScript.)</noscript></div>"
+    )
+
+
+def glue_figure(name: str, figure: Any) -> None:
+    """Store a plotly figure in the running notebook under `name`, for any page to embed; shows nothing.
+
+    `myst_nb.glue` cannot: a plotly figure displays itself, which leaves the stored output empty. And of one page's
+    outputs another page takes only text, HTML and images, so what is stored is the piece of the page.
+    """
+    from IPython.display import display
+
+    prefix = "application/papermill.record/"
+    page = figure_html(json.loads(figure.to_json()))
+    display({f"{prefix}text/html": page}, raw=True, metadata={"scrapbook": {"name": name, "mime_prefix": prefix}})
+
+
+def _copy_scripts(app: Any) -> None:
+    """Put plotly and the script that draws into the built site."""
+    if app.builder.format != "html":
+        return
+    target = Path(app.outdir) / "_static" / "chassis"
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(str(files("plotly") / "package_data" / "plotly.min.js"), target / "plotly.min.js")
+    shutil.copyfile(str(files("chassis_utils") / "figures.js"), target / "figures.js")
+
+
+def _load_scripts(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Load them on the pages that hold a figure, whichever page the figure was computed on."""
+    # Jupyter Book always brings Thebe, declares its constants twice (an error on every page), and its library is
+    # somewhere on the network. The book has no live cells.
+    scripts = context["script_files"]
+    scripts[:] = [script for script in scripts if "thebe" not in f"{script.filename} {script.attributes.get('body')}"]
+    if MARK in context.get("body", ""):
+        app.add_js_file("chassis/plotly.min.js", loading_method="defer")
+        app.add_js_file("chassis/figures.js", loading_method="defer")
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """The Sphinx extension: scripts copied once, loaded per page."""
+    app.connect("builder-inited", _copy_scripts)
+    app.connect("html-page-context", _load_scripts)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,293 @@
+"""Load a base or an expert, by bundled name, folder or hub id, and check that its readout is understood."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from .errors import ChassisError
+
+POCKET = Path(__file__).parent / "pocket"
+
+#: Where the final norm lives in the backbones of `transformers`.
+_NORM_NAMES = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm", "embedding_norm")
+
+
+def bundled() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(p.parent.name for p in POCKET.glob("*/config.json"))
+
+
+@dataclass(frozen=True)
+class Readout:
+    """From the head's input to logits: `cap(scale * (h @ weight.T + bias))`, over real tokens only.
+
+    Rows of the head beyond the tokenizer (Phi-2 has 900) are left out: they stand for no token.
+    """
+
+    weight: torch.Tensor
+    """`(vocab, hidden)`, float32, already multiplied by the scale."""
+    bias: torch.Tensor | None = None
+    """`(vocab,)`, or None."""
+    softcap: float | None = None
+    """Gemma-style cap: logits become `cap * tanh(logits / cap)`."""
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    def linear(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits before the cap, `(n, vocab)`, of hidden states `(n, hidden)`."""
+        return torch.nn.functional.linear(hidden, self.weight, self.bias)
+
+    def cap(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.cap(self.linear(hidden))
+
+
+@dataclass
+class LanguageModel:
+    """A causal language model whose hidden states can be read at every layer.
+
+    Layer 0 is the embedding, layer `num_layers` the input of the head (after the final norm), the ones
+    between are the residual stream after that many blocks (before any norm).
+    """
+
+    name: str
+    """Bundled name, folder or hub id it was loaded from."""
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    readout: Readout = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.model.eval().requires_grad_(False)
+        self.backbone = self.model.base_model
+        accepted = inspect.signature(self.backbone.forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        self.readout = _readout(self.model, len(self.tokenizer))
+        self._check_readout()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def hidden_size(self) -> int:
+        return self.readout.weight.shape[1]
+
+    @property
+    def num_layers(self) -> int:
+        return self.model.config.get_text_config().num_hidden_layers
+
+    @property
+    def vocab_size(self) -> int:
+        return self.readout.vocab_size
+
+    @property
+    def context(self) -> int:
+        """Longest prompt, in tokens (2,048 where the config does not say)."""
+        config = self.model.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None) or 2048
+
+    @cached_property
+    def head_hash(self) -> str:
+        """Hash of the readout: an adapter belongs to one."""
+        return _hash(self.readout.weight, self.readout.bias)
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """Hash of the token-to-id table."""
+        vocab = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        return hashlib.sha256(json.dumps(vocab).encode()).hexdigest()[:16]
+
+    @cached_property
+    def revision(self) -> str:
+        """Hash over name, shape and an even sample of 4,096 entries of every weight."""
+        digest = hashlib.sha256()
+        for key, tensor in self.model.state_dict().items():
+            flat = tensor.flatten()
+            sample = flat[:: max(1, flat.numel() // 4096)]
+            digest.update(f"{key}{tuple(tensor.shape)}".encode())
+            digest.update(sample.float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def states(
+        self, input_ids: torch.Tensor, mask: torch.Tensor, layers: Sequence[int] | None = None
+    ) -> dict[int, torch.Tensor]:
+        """Hidden states of a padded batch, one forward pass, without the head.
+
+        Args:
+            input_ids: `(batch, length)`.
+            mask: `(batch, length)`, 1 at real tokens; padding may be on either side.
+            layers: which layers; None is the final one alone.
+
+        Returns:
+            layer -> `(batch, length, hidden)`, float32.
+        """
+        layers = [self.num_layers] if layers is None else list(layers)
+        input_ids, mask = input_ids.to(self.device), mask.to(self.device)
+        inner = [layer for layer in layers if layer != self.num_layers]
+        extra = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if self._takes_positions else {}
+        with torch.inference_mode():
+            out = self.backbone(
+                input_ids=input_ids, attention_mask=mask, output_hidden_states=bool(inner), use_cache=False, **extra
+            )
+        every = out.hidden_states
+        if inner and (every is None or len(every) != self.num_layers + 1):
+            raise ChassisError(f"{self.name}: this architecture does not give one hidden state a layer")
+        states = {layer: every[layer].float() for layer in inner}
+        if self.num_layers in layers:
+            states[self.num_layers] = out.last_hidden_state.float()
+        return states
+
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The model's own final norm, `(n, hidden)` to `(n, hidden)`.
+
+        Raises:
+            ChassisError: the norm was not found in this architecture.
+        """
+        for holder in (self.backbone, getattr(self.backbone, "decoder", None)):
+            for name in _NORM_NAMES:
+                norm = getattr(holder, name, None)
+                if isinstance(norm, torch.nn.Module):
+                    with torch.inference_mode():
+                        return norm(hidden.to(self.device, self.model.dtype)).float().to(hidden.device)
+        raise ChassisError(f"{self.name}: no final norm found under any of {', '.join(_NORM_NAMES)}")
+
+    def _check_readout(self) -> None:
+        """Compare `readout(final hidden state)` with the model's own logits on a few tokens."""
+        ids = torch.arange(3, 11, device=self.device)[None] % self.vocab_size
+        mask = torch.ones_like(ids)
+        ours = self.readout(self.states(ids, mask)[self.num_layers][0])
+        with torch.inference_mode():
+            own = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, :, : self.vocab_size].float()
+        if not torch.isfinite(ours).all():
+            raise ChassisError(f"{self.name} gives NaN or infinity on plain tokens: damaged weights, or try dtype float32")
+        tolerance = 1e-4 if self.model.dtype == torch.float32 else 3e-2
+        gap = float((ours - own).abs().max() / own.abs().max().clamp(min=1e-6))
+        if not gap < tolerance:
+            raise ChassisError(
+                f"{self.name}: head(final hidden state) is not the model's logits (relative gap {gap:.1e}); "
+                f"{type(self.model).__name__} does something after its head that is not known here"
+            )
+
+
+def _readout(model: PreTrainedModel, tokens: int) -> Readout:
+    """Head, scale and cap as the config states them; whether that is all is checked afterwards."""
+    head = model.get_output_embeddings()
+    if head is None or not isinstance(getattr(head, "weight", None), torch.Tensor):
+        raise ChassisError(f"{type(model).__name__} has no linear head to read logits with")
+    config = model.config.get_text_config()
+    # Cohere multiplies its logits, Granite divides them.
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    rows = min(tokens, head.weight.shape[0])
+    bias = getattr(head, "bias", None)
+    return Readout(
+        weight=head.weight[:rows].detach().float() * scale,
+        bias=None if bias is None else bias[:rows].detach().float() * scale,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _hash(*tensors: torch.Tensor | None) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(b"none" if tensor is None else tensor.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _source(name: str) -> str:
+    """Folder or hub id of a name, or one clear line."""
+    if (POCKET / name / "config.json").is_file():
+        return str(POCKET / name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ChassisError(f"{name} has no config.json: it is not a model folder")
+        if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+            raise ChassisError(f"{name} has no tokenizer files: save the tokenizer beside the model")
+        return str(folder)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return name
+    raise ChassisError(f"no model '{name}': bundled are {', '.join(bundled())}; otherwise give a folder or a hub id")
+
+
+def load(
+    name: str,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Load a model and its tokenizer; the same code for bundled, local and hub models.
+
+    Args:
+        name: bundled name (`pocket-base`, ...), model folder, or hub id (`org/name`).
+        revision: branch, tag or commit of a hub model.
+        device: `auto` (a GPU if there is one), or any torch device.
+        dtype: of the weights; float32 on CPU and the model's own on a GPU unless given.
+        trust_remote_code: run code that comes with the model. Off unless asked for.
+
+    Returns:
+        A frozen `LanguageModel` whose readout has been checked against the model's own logits.
+
+    Raises:
+        ChassisError: unknown name, hub out of reach, tokenizer or weights missing, or a head that does
+            something after the linear map which is not known here.
+    """
+    source = _source(str(name))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ChassisError(f"device '{device}' is not to be had here: choose cpu, cuda or auto") from error
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    verbosity = transformers_logging.get_verbosity()
+    try:
+        # What transformers would warn about (missing weights) is raised below; the rest is noise here.
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        config = AutoConfig.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype or (torch.float32 if device == "cpu" else "auto"),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **options,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if Path(source).is_dir():
+            reason = " ".join(str(error).split())[:160]
+            raise ChassisError(f"{name}: the folder could not be loaded ({reason})") from error
+        raise ChassisError(
+            f"{name} is not on this machine and the hub gave nothing ({type(error).__name__}): "
+            "check the id and the network, or give a local folder"
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if info["mismatched_keys"]:
+        key, found, wanted = sorted(info["mismatched_keys"])[0]
+        raise ChassisError(f"{name}: {key} has shape {tuple(found)}, its config says {tuple(wanted)}: get the whole folder")
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ChassisError(f"{name}: {len(missing)} weights are missing, the first is {missing[0]}: get the whole folder")
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        warnings.warn(f"{name}: the tokenizer has more entries than the embedding; texts that use them fail", stacklevel=2)
+    return LanguageModel(str(name), model.to(device), tokenizer)

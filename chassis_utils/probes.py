@@ -1,0 +1,112 @@
+"""Prompts to run both models on: the study's templates, unseen templates, passages of real text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from .errors import ChassisError
+
+TEXTS = Path(__file__).parent / "texts"
+
+#: First number of each split of the numbered templates (the study's own).
+STARTS = {"train": 0, "val": 5000, "test": 8000}
+
+#: name -> templates, used in turn: prompt number i takes template i % len.
+TEMPLATES: dict[str, tuple[Callable[[int], str], ...]] = {
+    "mixed": (
+        lambda i: f"What is {i} + {i + 1}?",
+        lambda i: f"Explain entropy in one sentence. #{i}",
+        lambda i: f"In physics, force equals mass times acceleration. Comment #{i}.",
+    ),
+    "math": (lambda i: f"What is {i} + {i + 3}?",),
+    "physics": (lambda i: f"In physics, force equals mass times acceleration. Comment #{i}.",),
+    "unseen": (
+        lambda i: f"Describe the town that stands {i} miles from the sea.",
+        lambda i: f"Who wrote the {i}th letter to the council, and why?",
+        lambda i: f"A farmer sells {i} apples on Monday. How many",
+        lambda i: f"The committee met on day {i} of the session and",
+    ),
+    "single": (lambda i: "Explain entropy in simple words.",),
+}
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Named prompts of one split."""
+
+    name: str
+    """Name of the set, as in the records' `probes` column."""
+    split: str
+    """`train`, `val`, `test`, `template` (a template never fitted on) or `text` (held-out real text)."""
+    prompts: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompts, str):
+            raise ChassisError(f"the prompts of '{self.name}' are one string: give a tuple of strings")
+        if not self.prompts:
+            raise ChassisError(f"probe set '{self.name}' ({self.split}) is empty: give at least one prompt")
+        for i, prompt in enumerate(self.prompts):
+            if not prompt.strip():
+                raise ChassisError(f"prompt {i} of probe set '{self.name}' is empty: remove it or write something")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the prompts in order."""
+        return hashlib.sha256(repr(self.prompts).encode()).hexdigest()[:16]
+
+    @cached_property
+    def fingerprints(self) -> frozenset[int]:
+        """One 63-bit number a prompt, to notice a prompt that was already fitted on."""
+        return frozenset(
+            int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") >> 1 for prompt in self.prompts
+        )
+
+
+def probe_set(name: str, split: str = "train", n: int | None = None) -> Probes:
+    """A probe set by name.
+
+    Args:
+        name: a template set (`mixed`, `math`, `physics`, `unseen`, `single`) or a bundled text (`prose`, `math-text`,
+            `verse`).
+        split: `train`, `val` or `test`. Templates are numbered from 0, 5,000 and 8,000 as in the study; of the
+            passages of a text, number 3 of every 5 is `val`, number 4 is `test`.
+        n: how many; for templates 4,096 (train) or 512, for texts all.
+
+    Raises:
+        ChassisError: unknown name or split, or n outside what the split holds.
+    """
+    if split not in STARTS:
+        raise ChassisError(f"no split '{split}': choose train, val or test")
+    if name in TEMPLATES:
+        templates, start = TEMPLATES[name], STARTS[split]
+        end = min((s for s in STARTS.values() if s > start), default=None)
+        n = (1 if name == "single" else 4096 if split == "train" else 512) if n is None else n
+        if n < 1 or (end is not None and start + n > end):
+            raise ChassisError(f"n = {n} does not fit split {split} of '{name}': it holds {end - start if end else 'any'}")
+        label = "template" if name in ("unseen", "single") else split
+        return Probes(name, label, tuple(templates[i % len(templates)](i) for i in range(start, start + n)))
+    file = TEXTS / f"{name.removesuffix('-text')}.txt"
+    if not file.is_file():
+        texts = sorted("math-text" if p.stem == "math" else p.stem for p in TEXTS.glob("*.txt"))
+        raise ChassisError(f"no probe set '{name}': choose from {', '.join([*TEMPLATES, *texts])}")
+    return passages(name, file.read_text(encoding="utf-8").split("\n%%\n"), split, n)
+
+
+def passages(name: str, texts: Sequence[str], split: str, n: int | None = None) -> Probes:
+    """Passages of real text as probes, to be harvested at every position; splits as in `probe_set`.
+
+    Raises:
+        ChassisError: the split holds fewer than n passages, or none.
+    """
+    place = {3: "val", 4: "test"}
+    chosen = [t.strip() for i, t in enumerate(texts) if place.get(i % 5, "train") == split]
+    if n is not None and not 1 <= n <= len(chosen):
+        raise ChassisError(f"n = {n} does not fit split {split} of '{name}': it holds {len(chosen)} passages")
+    return Probes(name, "text" if split == "test" else split, tuple(chosen[:n]))

@@ -1,0 +1,264 @@
+"""Records: one row a measurement, in `results.jsonl`. Every figure in the book comes from them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from .errors import ChassisError
+
+FIELDS = (
+    *("experiment", "notebook", "base", "expert", "method", "rank", "layer", "split", "probes"),
+    *("metric", "value", "seed", "n", "reported", "git", "versions", "revision", "time"),
+)
+METRICS = (
+    *("kl", "recovered", "top1_agreement", "bits_per_byte", "coverage"),
+    *("undecided", "total_variation", "seconds", "ratio"),
+)
+SPLITS = ("train", "val", "test", "template", "text")
+#: The order of the book. A name that is not here comes after these, by alphabet.
+EXPERIMENTS = (
+    *("exact_adapter", "global_hidden_alignment", "projected_hidden_alignment", "layerwise_tuned_lens"),
+    *("final_adapter_rank_sweep", "multi_layer_rank_sweep", "stacked_adapters", "hidden_to_hidden"),
+    *("gradient_refinement", "comparison", "stress_test", "logit_bias_expert", "same_tokenizer_expert"),
+    *("generate_and_rescore", "vocab_bridge_stage_a", "vocab_bridge_stage_b", "vocab_bridge_stage_c"),
+    *("vocab_bridge_exact", "semantic_bridges", "best_adapter", "against_training", "port"),
+)
+FILE = "results.jsonl"
+_INTEGERS = ("rank", "layer", "seed", "n")
+_NUMBERS = (*_INTEGERS, "value", "reported")
+#: What tells one measurement from another.
+_NAMES = tuple(f for f in FIELDS[:13] if f != "value")
+
+
+@contextmanager
+def locked(path: Path, busy: str | None = None) -> Iterator[int]:
+    """Hold the lock file `path`; wait for it, or with `busy` refuse with that message. Yields its descriptor."""
+    with path.open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            raise ChassisError(busy) from None
+        yield handle.fileno()
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a package, None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def provenance() -> dict[str, Any]:
+    """`git` revision of this package ("-dirty" if edited, None outside a repository) and `versions`."""
+    folder = Path(__file__).parent
+    try:
+        # A package installed inside someone else's repository must not claim that repository's revision.
+        for words in ("ls-files --error-unmatch records.py", "describe --always --dirty --abbrev=40 --exclude=*"):
+            told = subprocess.run(["git", *words.split()], cwd=folder, capture_output=True, text=True, check=True)
+        git = told.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        git = None
+    packages = {name: package_version(name) for name in ("torch", "transformers", "chassis_utils")}
+    return {"git": git, "versions": {"python": platform.python_version(), **packages}}
+
+
+def _label(row: dict[str, Any]) -> str:
+    """The names of a row in one line, for messages."""
+    return " ".join(f"{k}={row[k]}" for k in _NAMES if not _missing(row[k]))
+
+
+def _missing(value: Any) -> bool:
+    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
+
+
+def _number(name: str, value: Any, row: dict[str, Any]) -> int | float | None:
+    """A plain finite number from a Python, numpy or torch scalar; a count must be whole.
+
+    Raises:
+        ChassisError: anything else, naming the row.
+    """
+    if value is None or (name != "value" and _missing(value)):
+        return None
+    try:
+        plain = value.item() if hasattr(value, "item") else value
+    except (ValueError, RuntimeError):
+        plain = value
+    if isinstance(plain, bool) or not isinstance(plain, int | float) or not math.isfinite(plain):
+        raise ChassisError(f"{name} is not a finite number ({plain!r}): mend or leave out the row {_label(row)}")
+    if name in _INTEGERS and plain != int(plain):
+        raise ChassisError(f"{name} is not a whole number ({plain!r}): mend the row {_label(row)}")
+    return int(plain) if name in _INTEGERS else plain
+
+
+def _frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    frame = pd.DataFrame(list(rows), columns=list(FIELDS))
+    return frame.astype(dict.fromkeys(_INTEGERS, "Int64") | {"value": float, "reported": float})
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Rows of a records file, or ChassisError."""
+    advice, rows = "delete it and run `chassis run` again", []
+    if not path.is_file():
+        raise ChassisError(f"no records at {path}: run `chassis run` first")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ChassisError(f"cannot read the records {path} ({type(error).__name__}): {advice}") from error
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        try:
+            # Python reads NaN and Infinity, which are no JSON and never written here: float("x") refuses them.
+            row = json.loads(line, parse_constant=lambda _: float("x"))
+        except ValueError:
+            row = None
+        if row is None or not line.endswith("\n"):
+            raise ChassisError(f"{path} line {number} is half-written or no JSON: {advice}")
+        if not isinstance(row, dict) or set(row) != set(FIELDS):
+            raise ChassisError(f"{path} line {number} has another layout than this version writes: {advice}")
+        rows.append(row)
+    return rows
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    order = {name: i for i, name in enumerate(EXPERIMENTS)}
+    rows = sorted(rows, key=lambda r: (order.get(r["experiment"], len(order)), r["experiment"], r["notebook"]))
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(r, allow_nan=False) + "\n" for r in rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_records(path_or_dir: str | Path) -> pd.DataFrame:
+    """All rows of a run, columns `FIELDS`, from its folder or its `results.jsonl`.
+
+    Raises:
+        ChassisError: the file is missing, half-written or of another layout.
+    """
+    path = Path(path_or_dir)
+    return _frame(_read(path / FILE if path.is_dir() or path.suffix != ".jsonl" else path))
+
+
+def forget(out_dir: str | Path, notebook: str) -> None:
+    """Remove every row of one notebook, as when it has failed: its figures must not outlive its page."""
+    path = Path(out_dir) / FILE
+    if path.exists():
+        with locked(path.with_name(".results.lock")):
+            _write(path, [r for r in _read(path) if r["notebook"] != notebook])
+
+
+class Records:
+    """The rows of one experiment in one notebook. A row added again under the same names replaces the first."""
+
+    def __init__(self, out_dir: str | Path, *, experiment: str, notebook: str, **defaults: Any) -> None:
+        """Args: `out_dir`, the run folder; `defaults`, fields that all rows share (`base`, `expert`, `seed`, ...).
+
+        `revision` among them holds the weight hashes, as `{"base": ..., "expert": ...}`.
+        """
+        self.path = Path(out_dir) / FILE
+        own = {"experiment": experiment, "notebook": notebook}
+        self._defaults = dict.fromkeys(FIELDS) | own | self._known(defaults)
+        self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    @staticmethod
+    def _known(fields: dict[str, Any]) -> dict[str, Any]:
+        if unknown := sorted(set(fields) - set(FIELDS)):
+            raise ChassisError(f"unknown record field {', '.join(unknown)}: choose from {', '.join(FIELDS)}")
+        return fields
+
+    def add(self, *, metric: str, value: Any, method: str, **fields: Any) -> None:
+        """Add one measurement; `fields` (`split`, `rank`, `layer`, `n`, `reported`, ...) override the defaults.
+
+        Raises:
+            ChassisError: unknown field, metric or split; a figure that is not a finite number.
+        """
+        row = self._defaults | self._known(fields) | {"metric": metric, "value": value, "method": method}
+        row |= provenance() | {"time": datetime.now(UTC).isoformat(timespec="seconds")}
+        for name, allowed in (("metric", METRICS), ("split", (None, *SPLITS))):
+            if row[name] not in allowed:
+                raise ChassisError(f"unknown {name} {row[name]!r}: choose from {', '.join(filter(None, allowed))}")
+        row |= {name: _number(name, row[name], row) for name in _NUMBERS}
+        if row["value"] is None:
+            raise ChassisError(f"value is missing in the row {_label(row)}")
+        self._rows[tuple(row[name] for name in _NAMES)] = row
+
+    def add_frame(
+        self,
+        frame: pd.DataFrame,
+        metrics: Sequence[str] = ("kl", "recovered", "top1_agreement", "bits_per_byte"),
+        reported: Callable[[pd.Series], float | None] | None = None,
+    ) -> None:
+        """Add the wide rows of `evaluate`, one record a metric; a figure that is NaN there is left out.
+
+        Args:
+            frame: what `evaluate` returned.
+            metrics: columns to record.
+            reported: the study's figure for a row and its `kl`, or None.
+        """
+        names = [c for c in frame.columns if c in FIELDS]
+        for _, row in frame.iterrows():
+            fields = {c: row[c] for c in names if not _missing(row[c])}
+            for metric in metrics:
+                if not _missing(row[metric]):
+                    figure = reported(row) if reported and metric == "kl" else None
+                    self.add(**fields | {"metric": metric, "value": row[metric], "reported": figure})
+
+    def save(self) -> pd.DataFrame:
+        """Replace this experiment's rows of this notebook in the file, atomically; return them."""
+        own = (self._defaults["experiment"], self._defaults["notebook"])
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with locked(self.path.with_name(".results.lock")):
+                others = _read(self.path) if self.path.exists() else []
+                others = [r for r in others if (r["experiment"], r["notebook"]) != own]
+                _write(self.path, [*others, *self._rows.values()])
+        except OSError as error:
+            raise ChassisError(f"cannot write {self.path} ({error.strerror}): choose another folder") from error
+        return _frame(list(self._rows.values()))
+
+
+def same(a: pd.DataFrame, b: pd.DataFrame) -> list[str]:
+    """Differences between two sets of records, one line each; none if equal.
+
+    `time` and `git` may differ, and so may the values of `seconds` and `ratio`.
+    """
+
+    def rows(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
+        return {_label(r): {k: None if _missing(v) else v for k, v in r.items()} for r in frame.to_dict("records")}
+
+    left, right = rows(a), rows(b)
+    found = [f"only in the first: {k}" for k in left if k not in right]
+    found += [f"only in the second: {k}" for k in right if k not in left]
+    for label in (k for k in left if k in right):
+        timing = left[label]["metric"] in ("seconds", "ratio")
+        for name in ("value", "reported", "versions", "revision"):
+            one, two = left[label][name], right[label][name]
+            if one != two and not (timing and name == "value"):
+                found.append(f"{label}: {name} {one} against {two}")
+    return found
+
+
+def reported(experiment: str) -> dict[str, Any] | list[dict[str, Any]]:
+    """The study's figures for one experiment, as published (TinyLlama-1.1B-Chat, one consumer GPU).
+
+    Raises:
+        ChassisError: the study has no such experiment; the message lists those it has.
+    """
+    figures = json.loads(Path(__file__).with_name("reference_results.json").read_text(encoding="utf-8"))
+    figures.pop("source")
+    if experiment not in figures:
+        raise ChassisError(f"the study reports nothing as {experiment!r}: it has {', '.join(figures)}")
+    return figures[experiment]

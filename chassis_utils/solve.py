@@ -1,0 +1,130 @@
+"""Streaming statistics and what is solved from them. The only solver there is."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from .errors import ChassisError
+
+BLOCK = 4096  # rows cast to float64 at a time
+
+
+@dataclass
+class Gram:
+    """Sums over rows of `x (n, p)` and `y (n, q)`, in float64: enough for every linear fit of y on x."""
+
+    n: int
+    x: torch.Tensor
+    """`(p,)` sum of x."""
+    y: torch.Tensor
+    """`(q,)` sum of y."""
+    xx: torch.Tensor
+    """`(p, p)` sum of x x'."""
+    xy: torch.Tensor
+    """`(p, q)` sum of x y'."""
+
+    @classmethod
+    def zeros(cls, p: int, q: int, device: torch.device | str = "cpu") -> Gram:
+        shapes = ((p,), (q,), (p, p), (p, q))
+        return cls(0, *(torch.zeros(s, dtype=torch.float64, device=device) for s in shapes))
+
+    @classmethod
+    def of(cls, x: torch.Tensor, y: torch.Tensor) -> Gram:
+        """Statistics of all rows at once (streamed in blocks inside)."""
+        return cls.zeros(x.shape[1], y.shape[1], x.device).update(x, y)
+
+    def update(self, x: torch.Tensor, y: torch.Tensor) -> Gram:
+        """Add rows `x (n, p)`, `y (n, q)`; returns itself.
+
+        Raises:
+            ChassisError: a value is NaN or infinite, or the numbers of rows differ.
+        """
+        if len(x) != len(y):
+            raise ChassisError(f"{len(x)} rows of x but {len(y)} of y")
+        for start in range(0, len(x), BLOCK):
+            a, b = x[start : start + BLOCK].double(), y[start : start + BLOCK].double()
+            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+                raise ChassisError(f"rows {start} to {start + len(a) - 1} hold NaN or infinity: harvest again in float32")
+            self.n += len(a)
+            self.x += a.sum(0)
+            self.y += b.sum(0)
+            self.xx += a.T @ a
+            self.xy += a.T @ b
+        return self
+
+    def __add__(self, other: Gram) -> Gram:
+        """Statistics of both sets of rows."""
+        fields = ("n", "x", "y", "xx", "xy")
+        return Gram(*(getattr(self, f) + getattr(other, f) for f in fields))
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """`(p, p)` centred sum of squares, `Xc' Xc`."""
+        return self.xx - torch.outer(self.x, self.x) / self.n
+
+    @property
+    def cross(self) -> torch.Tensor:
+        """`(p, q)` centred cross product, `Xc' Yc`."""
+        return self.xy - torch.outer(self.x, self.y) / self.n
+
+
+def effective_rank(covariance: torch.Tensor) -> float:
+    """`(trace)^2 / trace of squares` of a covariance `(p, p)`: how many directions the data really spans."""
+    return float(covariance.trace() ** 2 / (covariance * covariance.T).sum())
+
+
+def ridge(gram: Gram, lam: float = 1e-3) -> tuple[torch.Tensor, torch.Tensor]:
+    """`W (p, q) = (Xc'Xc + lam I)^-1 Xc'Yc` and `b (q,) = mean(y) - mean(x) W`, in float64.
+
+    Source: the study's `ridge`; lam is added to the sum of squares, not to the mean.
+
+    Raises:
+        ChassisError: lam is negative, or the system is singular (lam too small for these rows).
+    """
+    if not lam >= 0:
+        raise ChassisError(f"lam = {lam}: give zero or more")
+    covariance = gram.covariance
+    p = len(covariance)
+    if gram.n <= p:
+        warnings.warn(
+            f"{gram.n} rows for {p} dimensions (effective rank {effective_rank(covariance):.1f}): the fit interpolates",
+            stacklevel=3,
+        )
+    factor, info = torch.linalg.cholesky_ex(covariance + lam * torch.eye(p, dtype=torch.float64, device=covariance.device))
+    # Without a penalty, rounding may let a singular matrix through with a last pivot of its own size.
+    pivots = factor.diagonal() ** 2
+    lost = p * torch.finfo(torch.float64).eps * gram.xx.diagonal().max()
+    if int(info) != 0 or (lam == 0 and (gram.n <= p or pivots.min() < lost)):
+        raise ChassisError(f"the system is singular at lam = {lam:g} with {gram.n} rows of {p} dimensions: raise lam")
+    weight = torch.cholesky_solve(gram.cross, factor)
+    return weight, (gram.y - gram.x @ weight) / gram.n
+
+
+def low_rank(weight: torch.Tensor, metric: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Factors of `weight (p, q)` whose first r columns are its best rank-r approximation, for every r.
+
+    Without a metric that is the SVD. With the covariance `C (p, p)` of x it is reduced-rank regression: the
+    SVD of `C^(1/2) weight`, whose discarded singular values are exactly the lost error (Izenman 1975; the same
+    as SVD-LLM and QERA). Only p x p matrices are decomposed.
+
+    Returns:
+        `down (p, k)`, `up (k, q)`, singular values `(k,)`, k = min(p, q), largest first; all float64.
+    """
+    weight = weight.double()
+    if metric is None:
+        inverse, scaled = None, weight
+    else:
+        values, vectors = torch.linalg.eigh(metric.double())
+        # Directions without data cannot be seen in the fit; they get no part in the factors.
+        keep = values > values.max() * 1e-14
+        root, vectors = values[keep].sqrt(), vectors[:, keep]
+        half, inverse = (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+        scaled = half @ weight
+    squares, left = torch.linalg.eigh(scaled @ scaled.T)
+    order = squares.argsort(descending=True)[: min(weight.shape)]
+    left, values = left[:, order], squares[order].clamp(min=0).sqrt()
+    down = left if inverse is None else inverse @ left
+    return down, left.T @ scaled, values

@@ -1,0 +1,138 @@
+"""Small real models, made from configs with random weights; nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+
+from chassis_utils import Activations, ChassisError, LanguageModel, Probes, SyntheticExpert, harvest, load
+from chassis_utils.recipe import llama_tokenizer
+
+VOCAB = 400
+WORDS = [
+    "The river rises in the hills and runs past nine towns before it meets the sea at last.",
+    "What is 12 + 13? Explain entropy in one sentence. #7 In physics, force equals mass times acceleration.",
+    "Question: A baker has 24 rolls and sells 9. How many are left? Answer: 24 - 9 = 15 rolls are left.",
+]
+
+_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+_GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+
+#: Architecture -> arguments of its config; together they cover every habit of the readout that is known.
+ARCHITECTURES: dict[str, dict] = {
+    "Llama": _SMALL | {"num_key_value_heads": 2},
+    "Mistral": _SMALL | {"num_key_value_heads": 2},
+    "Qwen2": _SMALL | {"num_key_value_heads": 2},
+    "Qwen3": _SMALL | {"num_key_value_heads": 2, "head_dim": 8},
+    "Phi": _SMALL,
+    "Phi3": _SMALL | {"num_key_value_heads": 2, "pad_token_id": 0},
+    "GPT2": _GPT,
+    "GPTNeoX": _SMALL,
+    "GPTJ": _GPT | {"rotary_dim": 4},
+    "OPT": {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_dim": 48,
+        "max_position_embeddings": 128,
+        "pad_token_id": 1,
+    },
+    "Falcon": _SMALL,
+    "Bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "Gemma2": _SMALL | {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 2.0},
+    "Olmo2": _SMALL,
+    "Cohere": _SMALL | {"logit_scale": 0.25},
+    "StableLm": _SMALL | {"num_key_value_heads": 4},
+    "Granite": _SMALL | {"logits_scaling": 4.0, "num_key_value_heads": 2},
+    "Starcoder2": _SMALL | {"num_key_value_heads": 2},
+}
+
+
+def make(
+    folder: Path,
+    architecture: str = "Llama",
+    seed: int = 0,
+    tokenizer: tf.PreTrainedTokenizerBase | None = None,
+    **changes: object,
+) -> Path:
+    """A model folder with random weights and, unless another is given, the shared tokenizer."""
+    torch.manual_seed(seed)
+    tokenizer = tokenizer or llama_tokenizer(WORDS, VOCAB)
+    options = ARCHITECTURES[architecture] | {"vocab_size": len(tokenizer) + 16} | changes
+    config = getattr(tf, f"{architecture}Config")(**options)
+    model = tf.AutoModelForCausalLM.from_config(config)
+    for name, weight in model.named_parameters():
+        # Default initial weights are so small that every model says the same at every position.
+        if weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=0.3)
+        elif "bias" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def refused(*words: str) -> Iterator[None]:
+    """Bad input: one line that names every one of `words`."""
+    with pytest.raises(ChassisError) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400
+    assert all(word in message for word in words), message
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "base": make(root / "base", num_hidden_layers=3),
+        "expert": make(root / "expert", seed=1, num_hidden_layers=2),
+    }
+
+
+@pytest.fixture(scope="session")
+def base(folders: dict[str, Path]) -> LanguageModel:
+    return load(str(folders["base"]), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def expert(folders: dict[str, Path]) -> LanguageModel:
+    return load(str(folders["expert"]), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def prompts() -> Probes:
+    """Prompts of very different lengths."""
+    texts = [f"The {'river ' * (i % 7)}rises in year {i}, and {i % 3} towns" for i in range(90)]
+    return Probes("rivers", "train", tuple(texts))
+
+
+@pytest.fixture(scope="session")
+def unseen() -> Probes:
+    """Prompts that are not among `prompts`."""
+    texts = [f"In {i} the {'old ' * (i % 5)}council met, force equals mass times {i}" for i in range(40)]
+    return Probes("council", "test", tuple(texts))
+
+
+@pytest.fixture(scope="session")
+def activations(base: LanguageModel, expert: LanguageModel, prompts: Probes) -> Activations:
+    """Every layer of `base` and a real expert, last positions."""
+    return harvest(base, expert, prompts, progress=False)
+
+
+@pytest.fixture(scope="session")
+def synthetic(base: LanguageModel) -> SyntheticExpert:
+    return SyntheticExpert.from_base(base, rank=4, strength=2.0)
+
+
+@pytest.fixture
+def fresh(folders: dict[str, Path]) -> LanguageModel:
+    """A copy of `base` that a test may damage."""
+    return load(str(folders["base"]), device="cpu")

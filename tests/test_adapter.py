@@ -1,0 +1,365 @@
+"""Adapters: the closed forms against a literal reading of the study, cuts, folders, refusals."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make, refused
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from chassis_utils import Activations, Adapter, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load
+from chassis_utils.adapter import METHODS
+
+R = 4
+
+
+@pytest.fixture(scope="module")
+def exact(base: LanguageModel, synthetic: SyntheticExpert, prompts: Probes) -> Activations:
+    """Activations of the rank-4 synthetic expert."""
+    return harvest(base, synthetic, prompts, "all", progress=False)
+
+
+@pytest.fixture(scope="module", params=["Llama", "Phi", "Granite"])
+def other_pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, prompts: Probes
+) -> Activations:
+    """A head without bias, with bias, and with a scale."""
+    root = tmp_path_factory.mktemp(request.param)
+    models = [load(str(make(root / str(seed), request.param, seed)), device="cpu") for seed in (0, 1)]
+    return harvest(*models, prompts, progress=False)
+
+
+# ------------------------------------------------------------------------------------- closed forms
+
+
+def study_ridge(x: torch.Tensor, y: torch.Tensor, lam: float = 1e-3) -> tuple[torch.Tensor, torch.Tensor]:
+    """The study's, word for word."""
+    xc, yc = x - x.mean(0), y - y.mean(0)
+    w = torch.linalg.solve(xc.T @ xc + lam * torch.eye(x.shape[1], dtype=x.dtype), xc.T @ yc)
+    return w, y.mean(0) - x.mean(0) @ w
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_v1_is_the_studys_adapter(other_pair: Activations, layer: int) -> None:
+    a, top_k = other_pair, 40
+    head, head_bias = a.base.readout.weight.T.double(), a.base.readout.bias
+    x = a.hidden[layer].double()
+    expert_logits = a.expert.readout(a.expert_hidden).double()
+    base_logits = x @ head + (0 if head_bias is None else head_bias.double())
+
+    w, b = study_ridge(x, expert_logits)
+    columns = w.norm(dim=0).topk(top_k).indices
+    full, d = study_ridge(x, x @ w[:, columns] + b[columns] - base_logits[:, columns])
+    u, s, v = torch.linalg.svd(full, full_matrices=False)
+
+    for rank in (1, 5, 32):
+        wanted = base_logits.clone()
+        wanted[:, columns] += ((x @ u[:, :rank]) * s[:rank]) @ v[:rank] + d
+        adapter = fit(a, "v1", rank, layer=layer, top_k=top_k)
+        torch.testing.assert_close(adapter.logits(a.base, a.hidden).double(), wanted, atol=2e-3, rtol=1e-4)
+        assert adapter.columns.tolist() == sorted(columns.tolist())
+    torch.testing.assert_close(adapter.values.double(), s, rtol=1e-3, atol=1e-4)
+
+
+def test_v1_takes_the_studys_share_of_the_vocabulary(activations: Activations) -> None:
+    vocab = activations.base.vocab_size
+    assert len(fit(activations, "v1").columns) == round(vocab * 2048 / 32000)
+    assert len(fit(activations, "v1", top_k=vocab).columns) == vocab
+
+
+def test_v1_can_read_a_middle_layer_through_the_norm(activations: Activations) -> None:
+    base, x = activations.base, activations.hidden[1]
+    plain, normed = (fit(activations, "v1", layer=1, normed=normed) for normed in (False, True))
+    free = torch.ones(base.vocab_size, dtype=torch.bool)
+    for adapter, state in ((plain, x), (normed, base.final_norm(x))):
+        got, wanted = adapter.logits(base, activations.hidden), base.readout(state)
+        kept = free.index_fill(0, adapter.columns, False)
+        torch.testing.assert_close(got[:, kept], wanted[:, kept])
+
+
+def test_the_lens_is_ridge_to_the_experts_logits(other_pair: Activations) -> None:
+    for layer in other_pair.layers:
+        x = other_pair.hidden[layer].double()
+        w, b = study_ridge(x, other_pair.expert.readout(other_pair.expert_hidden).double())
+        got = fit(other_pair, "lens", layer=layer).logits(other_pair.base, other_pair.hidden)
+        torch.testing.assert_close(got.double(), x @ w + b, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["ridge", "rrr"])
+def test_full_maps_are_ridge_to_the_difference_of_logits(other_pair: Activations, method: str) -> None:
+    a = other_pair
+    base_logits = a.base.readout(a.hidden[a.final]).double()
+    for layer in a.layers:
+        x = a.hidden[layer].double()
+        w, b = study_ridge(x, a.expert.readout(a.expert_hidden).double() - base_logits)
+        got = fit(a, method, layer=layer).logits(a.base, a.hidden).double().log_softmax(-1)
+        torch.testing.assert_close(got, (base_logits + x @ w + b).log_softmax(-1), atol=2e-3, rtol=1e-4)
+
+
+def test_aligned_is_ridge_between_hidden_states(activations: Activations) -> None:
+    a = activations
+    w, b = study_ridge(a.hidden[3].double(), a.expert_hidden.double())
+    got = fit(a, "aligned").logits(a.base, a.hidden).double()
+    wanted = a.base.readout((a.hidden[3].double() @ w + b).float())
+    torch.testing.assert_close(got, wanted.double(), atol=2e-3, rtol=1e-4)
+
+
+def test_projected_in_all_dimensions_is_aligned(activations: Activations) -> None:
+    full, aligned = fit(activations, "projected", dim=32), fit(activations, "aligned")
+    both = [x.logits(activations.base, activations.hidden) for x in (full, aligned)]
+    torch.testing.assert_close(*both, atol=2e-3, rtol=1e-4)
+    small = fit(activations, "projected", dim=5)
+    assert small.rank == 5 and torch.linalg.matrix_rank(small.down @ small.up, rtol=1e-5) == 5
+
+
+# ---------------------------------------------------------------------------------- exact recovery
+
+
+@pytest.mark.parametrize("method", ["rrr", "hidden"])
+def test_a_rank_r_expert_is_recovered_at_rank_r_and_not_below(exact: Activations, unseen: Probes, method: str) -> None:
+    adapter = fit(exact, method)
+    table = evaluate(exact.base, exact.expert, [adapter.at_rank(R), adapter.at_rank(R - 1)], [exact, unseen])
+    kl = table.set_index(["split", "rank"]).kl
+    for split in ("train", "test"):
+        assert kl[split, R] <= 1e-6 < 1e-4 < kl[split, R - 1]
+    assert table.kl_identity.min() > 1e-3
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rank=st.integers(1, 12), strength=st.floats(0.5, 20), seed=st.integers(0, 1000))
+def test_any_synthetic_expert_has_its_exact_adapter(
+    base: LanguageModel, unseen: Probes, rank: int, strength: float, seed: int
+) -> None:
+    expert = SyntheticExpert.from_base(base, rank, strength, seed)
+    a = harvest(base, expert, unseen, "all", layers=[], progress=False)
+    adapter = Adapter.exact(base, expert)
+    table = evaluate(base, expert, [adapter, fit(a, "rrr", rank)], a, allow_overlap=True)
+    assert adapter.rank == rank
+    assert abs(table.kl[1]) <= 1e-9 and table.kl[2] <= 1e-6 < table.kl[0]
+
+
+def test_the_identity_is_the_bare_base(base: LanguageModel, activations: Activations) -> None:
+    bare = base.readout(activations.hidden[3])
+    assert torch.equal(Adapter.identity(base).logits(base, activations.hidden), bare)
+    lens = Adapter.identity(base, layer=1, onto="normed")
+    wanted = base.readout(base.final_norm(activations.hidden[1]))
+    assert torch.equal(lens.logits(base, activations.hidden), wanted)
+
+
+# ------------------------------------------------------------------------------------------- ranks
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_lower_ranks_are_nested(activations: Activations, method: str) -> None:
+    full = fit(activations, method)
+    for rank in range(1, full.rank + 1):
+        cut = full.at_rank(rank)
+        assert cut.rank == rank and cut.up.shape[0] == rank
+        assert torch.equal(cut.down, full.down[:, :rank]) and torch.equal(cut.up, full.up[:rank])
+        assert cut.num_parameters == rank * (32 + cut.up.shape[1]) + cut.up.shape[1]
+    two = full.at_rank(min(9, full.rank)).at_rank(2)
+    assert torch.equal(two.up, fit(activations, method, rank=2).up)
+
+
+@pytest.mark.parametrize("method", ["v1", "ridge", "lens", "aligned", "projected"])
+def test_a_cut_is_the_best_map_of_its_rank(activations: Activations, method: str) -> None:
+    full = fit(activations, method)
+    whole = (full.down @ full.up).double()
+    values = torch.linalg.svdvals(whole)
+    for rank in (1, 3, full.rank - 1):
+        cut = full.at_rank(rank)
+        lost = float((whole - (cut.down @ cut.up).double()).norm())
+        assert lost == pytest.approx(float(values[rank:].norm()), rel=1e-3, abs=1e-3)
+
+
+def test_reduced_rank_beats_the_plain_cut_in_fitted_error(activations: Activations) -> None:
+    x = activations.hidden[3].double()
+    target = x @ (full := fit(activations, "ridge")).down.double() @ full.up.double()
+
+    def lost(method: str, rank: int) -> float:
+        cut = fit(activations, method, rank)
+        error = target - x @ cut.down.double() @ cut.up.double()
+        return float((error - error.mean(0)).square().sum())
+
+    for rank in (1, 4, 16):
+        assert lost("rrr", rank) < lost("ridge", rank)
+
+
+@pytest.mark.parametrize("rank", [-1, 0, 33])
+def test_ranks_that_do_not_exist_are_refused(activations: Activations, rank: int) -> None:
+    for method in METHODS:
+        with refused(f"rank {rank} ", method):
+            fit(activations, method, rank=rank)
+
+
+# ------------------------------------------------------------------------------------------ folders
+
+
+@pytest.mark.parametrize("method", [*sorted(METHODS), "identity", "exact"])
+def test_an_adapter_comes_back_equal(
+    activations: Activations, synthetic: SyntheticExpert, tmp_path: Path, method: str
+) -> None:
+    base = activations.base
+    if method in METHODS:
+        adapter = fit(activations, method, layer=1 if method == "v1" else -1)
+        adapter = adapter.at_rank(min(3, adapter.rank))
+    else:
+        adapter = Adapter.identity(base) if method == "identity" else Adapter.exact(base, synthetic)
+    folder = adapter.save(tmp_path / "deep" / "adapter")
+    back = Adapter.load(folder, base)
+    for name, value in vars(adapter).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(getattr(back, name), value) and getattr(back, name).dtype == value.dtype
+        else:
+            assert getattr(back, name) == value
+    assert torch.equal(back.logits(base, activations.hidden), adapter.logits(base, activations.hidden))
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter.json", "adapter.safetensors"]
+    assert [p.name for p in folder.parent.iterdir()] == ["adapter"]
+
+
+@pytest.fixture
+def saved(activations: Activations, tmp_path: Path) -> Path:
+    return fit(activations, rank=2).save(tmp_path / "adapter")
+
+
+def test_an_adapter_folder_is_replaced_whole(activations: Activations, saved: Path) -> None:
+    fit(activations, "v1", rank=5).save(saved)
+    assert Adapter.load(saved).method == "v1" and Adapter.load(saved).rank == 5
+
+
+def test_a_folder_that_is_no_adapter_is_never_overwritten(activations: Activations, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    (tmp_path / "file").write_text("in the way")
+    adapter = fit(activations, rank=2)
+    for name in ("thesis", "file", "file/below"):
+        with refused(str(tmp_path / name), "choose another"):
+            adapter.save(tmp_path / name)
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "thesis"]
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(activations: Activations, saved: Path) -> None:
+    odd = replace(fit(activations, rank=3), info={"when": object()})
+    with pytest.raises(Exception, match="object"):
+        odd.save(saved)
+    assert [p.name for p in saved.parent.iterdir()] == ["adapter"] and Adapter.load(saved).rank == 2
+
+
+def _json(change: dict) -> object:
+    def damage(folder: Path) -> None:
+        plain = json.loads((folder / "adapter.json").read_text())
+        (folder / "adapter.json").write_text(json.dumps(plain | change))
+
+    return damage
+
+
+DAMAGE = {
+    "no folder": lambda folder: folder.rename(folder.with_name("elsewhere")),
+    "no json": lambda folder: (folder / "adapter.json").unlink(),
+    "no tensors": lambda folder: (folder / "adapter.safetensors").unlink(),
+    "broken json": lambda folder: (folder / "adapter.json").write_text('{"format": 1,'),
+    "other json": lambda folder: (folder / "adapter.json").write_text("[1]"),
+    "bytes": lambda folder: (folder / "adapter.json").write_bytes(b"\xff\xfe\x00"),
+    "cut tensors": lambda folder: (folder / "adapter.safetensors").write_bytes(
+        (folder / "adapter.safetensors").read_bytes()[:-50]
+    ),
+    "empty tensors": lambda folder: (folder / "adapter.safetensors").write_bytes(b""),
+    "unknown field": _json({"colour": "red"}),
+    "space": _json({"space": "outer"}),
+    "onto": _json({"onto": "everything"}),
+    "layer": _json({"layer": "last"}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_adapter_is_refused(saved: Path, damage: str) -> None:
+    DAMAGE[damage](saved)
+    with refused(str(saved), "not a readable adapter folder"):
+        Adapter.load(saved)
+
+
+@pytest.mark.parametrize("name", ["down", "up", "bias"])
+@pytest.mark.parametrize("kind", ["shape", "nan"])
+def test_damaged_values_are_refused(activations: Activations, tmp_path: Path, name: str, kind: str) -> None:
+    good = fit(activations, rank=2)
+    tensor = getattr(good, name)
+    bad = tensor * torch.nan if kind == "nan" else tensor[..., :-1] if name != "up" else tensor[:-1]
+    replace(good, **{name: bad}).save(tmp_path / "adapter")
+    with refused("adapter"):
+        Adapter.load(tmp_path / "adapter")
+
+
+def test_another_format_is_refused(saved: Path) -> None:
+    _json({"format": 99})(saved)
+    with refused("99", "update"):
+        Adapter.load(saved)
+
+
+def test_an_adapter_of_another_base_is_refused(saved: Path, expert: LanguageModel, base: LanguageModel) -> None:
+    assert Adapter.load(saved, base).rank == 2
+    with refused(base.name, expert.name):
+        Adapter.load(saved, expert)
+
+
+# -------------------------------------------------------------------------------------- wrong inputs
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        ("abacus", {}, ("abacus", "rrr", "v1")),
+        ("rrr", {"top_k": 5}, ("rrr", "top_k")),
+        ("v1", {"topk": 5}, ("v1", "topk", "top_k")),
+        ("v1", {"top_k": 0}, ("top_k = 0",)),
+        ("v1", {"top_k": 100_000}, ("top_k = 100000", "vocabulary")),
+        ("projected", {"dim": 33}, ("dim = 33", "1..32")),
+        ("rrr", {"layer": 4}, ("layer 4", "0..3")),
+        ("rrr", {"layer": -5}, ("layer -5",)),
+        ("rrr", {"lam": -1}, ("lam = -1",)),
+    ],
+)
+def test_wrong_fits_are_refused(activations: Activations, method: str, options: dict, words: tuple[str, ...]) -> None:
+    with refused(*words):
+        fit(activations, method, **options)
+
+
+def few(activations: Activations, n: int) -> Activations:
+    """The first n rows."""
+    hidden = {layer: h[:n] for layer, h in activations.hidden.items()}
+    rest = {k: getattr(activations, k)[:n] for k in ("expert_hidden", "prompt", "next_token")}
+    probes = replace(activations.probes, prompts=activations.probes.prompts[:n])
+    return replace(activations, probes=probes, hidden=hidden, **rest)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_fewer_rows_than_dimensions_are_warned_about(activations: Activations, method: str) -> None:
+    options = {"dim": 32} if method == "projected" else {}
+    with pytest.warns(UserWarning, match=r"20 rows for 32 dimensions \(effective rank \d+\.\d\)"):
+        fit(few(activations, 20), method, **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*interpolates")
+def test_a_singular_system_is_refused(activations: Activations) -> None:
+    with refused("singular", "lam = 0", "20 rows"):
+        fit(few(activations, 20), lam=0)
+
+
+def test_hidden_sizes_may_differ_only_for_maps_to_logits(base: LanguageModel, prompts: Probes, tmp_path: Path) -> None:
+    wide = load(str(make(tmp_path / "wide", hidden_size=48)), device="cpu")
+    a = harvest(base, wide, prompts, progress=False)
+    for method in ("hidden", "aligned", "projected"):
+        with refused("32", "48", "rrr"):
+            fit(a, method)
+    table = evaluate(base, wide, [fit(a, method) for method in ("v1", "ridge", "rrr", "lens")], a)
+    assert (table.kl[2:] < 0.5 * table.kl[0]).all()
+
+
+def test_heads_that_cap_differently_are_refused(base: LanguageModel, prompts: Probes, tmp_path: Path) -> None:
+    capped = load(str(make(tmp_path / "capped", "Gemma2")), device="cpu")
+    for pair in ((base, capped), (capped, base)):
+        with refused("cap", base.name, capped.name):
+            fit(harvest(*pair, prompts, progress=False))

@@ -1,0 +1,128 @@
+"""A small book, built with the project's own settings and read in a real browser, from disk and offline."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import papermill
+import plotly.graph_objects as go
+import pytest
+
+from chassis_utils.mime import figure_html
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+QUIET += ["--disable-component-update", "--disable-sync"]
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (apt-get install chromium)")
+
+#: Page -> how many plots it must draw.
+PLOTS = {"index": 1, "two": 2, "none": 0}
+FIGURE = """
+import plotly.graph_objects as go
+from chassis_utils.mime import glue_figure
+figure = go.Figure(go.Scatter(x=[1, 2, 4], y=[0.3, 0.1, 0.01], text=["</script><b>", "<!--", "&"]))
+figure = figure.update_layout(title_text="KL <i>against</i> rank", xaxis_type="log")
+"""
+
+
+def notebook(folder: Path, name: str, cells: list[str]) -> None:
+    """Execute a notebook of these cells into `folder`."""
+    language = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    opening = nbformat.v4.new_markdown_cell(f"# Page {name}\n\nA formula: $h J$.")
+    book = nbformat.v4.new_notebook(cells=[opening, *map(nbformat.v4.new_code_cell, cells)], metadata=language)
+    source = folder.parent / f"{name}.ipynb"
+    nbformat.write(book, source)
+    papermill.execute_notebook(source, folder / f"{name}.ipynb", progress_bar=False)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built pages."""
+    folder = tmp_path_factory.mktemp("site") / "book"
+    folder.mkdir()
+    shutil.copy(ROOT / "_config.yml", folder)
+    (folder / "book").mkdir()
+    shutil.copy(ROOT / "book" / "references.bib", folder / "book")
+    shutil.copytree(ROOT / "book" / "assets", folder / "book" / "assets")
+    (folder / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters: [{file: two}, {file: none}]\n")
+    (folder / "index.md").write_text("# Landing\n\n```{glue:} first\n:doc: two.ipynb\n```\n")
+    (folder / "stray.md").write_text("# Not in the table of contents, so not in the book\n")
+    notebook(folder, "two", [FIGURE, "glue_figure('first', figure)", "figure", "figure.update_traces(mode='markers')"])
+    notebook(folder, "none", ["print('no figure here')"])
+    build = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(folder)]
+    done = subprocess.run([*build, "-W", "-n", "--keep-going"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"the book did not build:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return folder / "_build" / "html"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+def test_no_string_of_a_figure_can_leave_its_script() -> None:
+    figure = go.Figure(go.Bar(x=["</script><script>alert(1)</script>"], y=[1]))
+    page = figure_html(figure.update_layout(title_text='A "bold" <b>title</b>').to_plotly_json())
+    assert page.count("</script>") == 1
+    assert 'aria-label="A &quot;bold&quot; title"' in page
+    assert 'role="img"' in page and "<noscript>" in page
+
+
+def test_plotly_is_there_once_and_loaded_only_where_it_is_needed(site: Path) -> None:
+    copies = [path.name for path in site.rglob("*plotly*.js")]
+    assert copies == ["plotly.min.js"]
+    for page, plots in PLOTS.items():
+        tags = re.findall(r"<script[^>]*plotly\.min\.js[^>]*>", (site / f"{page}.html").read_text())
+        assert len(tags) == (plots > 0), page
+        assert all("defer" in tag for tag in tags)
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (390, "dark")])
+def test_pages_are_whole_offline(site: Path, browser: object, width: int, theme: str) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=theme)
+    context.set_default_timeout(60_000)
+    faults: list[str] = []
+    for name, plots in PLOTS.items():
+        page = context.new_page()
+        page.on("pageerror", lambda error, name=name: faults.append(f"{name}: {error}"))
+        page.on("requestfailed", lambda request, name=name: faults.append(f"{name}: not found: {request.url}"))
+        page.on("request", lambda request: request.url.startswith("http") and faults.append(request.url))
+        page.goto((site / f"{name}.html").as_uri())
+        page.wait_for_function(f"document.querySelectorAll('.chassis-plot[data-drawn]').length === {plots}")
+        assert page.locator(".chassis-plot .scatterlayer .trace").count() == plots
+        if name != "index":
+            page.wait_for_selector("mjx-container")
+        # The plots must fit as well as the page.
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        assert all(box["width"] <= width for box in (p.bounding_box() for p in page.locator(".main-svg").all()))
+        page.close()
+    context.close()
+    assert not faults
+
+
+@needs_browser
+def test_figures_follow_the_theme(site: Path, browser: object) -> None:
+    page = browser.new_page(color_scheme="light")
+    page.goto((site / "two.html").as_uri())
+    page.wait_for_selector(".chassis-plot[data-drawn]")
+    ink = "getComputedStyle(document.querySelector('.chassis-plot .gtitle')).fill"
+    before = page.evaluate(ink)
+    page.evaluate("document.documentElement.dataset.theme = 'dark'")
+    page.wait_for_function(f"{ink} !== '{before}'")
+    light, dark = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (before, page.evaluate(ink)))
+    assert dark - light > 255, "the text of a figure must turn pale on a dark page"
+    page.close()

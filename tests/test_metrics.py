@@ -1,0 +1,161 @@
+"""Figures against other libraries and against sums done by hand."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from conftest import WORDS, make, refused
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chassis_utils import Activations, Adapter, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load
+from chassis_utils.metrics import kl
+from chassis_utils.recipe import gpt2_tokenizer
+
+TEXTS = ("The river rises in the hills, naïve and cold.", "24 - 9 = 15 rolls are left — 東京.")
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**16), st.integers(2, 60), st.floats(0.01, 20))
+def test_kl_is_everyone_elses(seed: int, vocab: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    expert, ours = (scale * torch.randn(7, vocab, generator=generator) for _ in range(2))
+    got = kl(expert, ours)
+    p, q = (logits.double().softmax(-1).numpy() for logits in (expert, ours))
+    np.testing.assert_allclose(got, scipy.stats.entropy(p, q, axis=1), rtol=1e-8, atol=1e-10)
+    batchmean = torch.nn.functional.kl_div(
+        ours.double().log_softmax(-1), expert.double().softmax(-1), reduction="batchmean"
+    )
+    assert float(got.mean()) == pytest.approx(float(batchmean), rel=1e-9)
+    assert (got >= -1e-12).all()
+    assert kl(expert, expert + 3.5).abs().max() < 1e-5
+
+
+def test_every_figure_is_what_its_name_says(activations: Activations, unseen: Probes) -> None:
+    base, expert = activations.base, activations.expert
+    adapters = [fit(activations, "rrr", rank) for rank in (2, 16)] + [fit(activations, "v1", 8, layer=1)]
+    table = evaluate(base, expert, adapters, unseen)
+    assert table.method.tolist() == ["identity", "rrr", "rrr", "v1"]
+    assert table["rank"].tolist()[1:] == [2, 16, 8] and table.layer.tolist()[1:] == [3, 3, 1]
+
+    a = harvest(base, expert, unseen, progress=False)
+    wanted = expert.readout(a.expert_hidden)
+    everyone = [base.readout(a.hidden[3]), *(x.logits(base, a.hidden) for x in adapters)]
+    for row, ours in zip(table.itertuples(), everyone, strict=True):
+        assert row.kl == pytest.approx(float(kl(wanted, ours).mean()), rel=1e-6)
+        assert row.kl_identity == pytest.approx(table.kl[0])
+        assert row.recovered == pytest.approx(1 - row.kl / row.kl_identity)
+        assert row.top1_agreement == pytest.approx(float((wanted.argmax(-1) == ours.argmax(-1)).double().mean()))
+        assert math.isnan(row.bits_per_byte)  # nothing follows a last position
+    assert (table.base_revision == base.revision).all() and (table.expert_revision == expert.revision).all()
+    assert (table.split == "test").all() and (table.n == len(unseen)).all()
+
+
+def test_blocks_and_harvested_activations_change_nothing(
+    activations: Activations, unseen: Probes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, expert, adapter = activations.base, activations.expert, fit(activations, rank=4)
+    table = evaluate(base, expert, adapter, unseen)
+    monkeypatch.setattr("chassis_utils.metrics.BLOCK", 7 * base.vocab_size)
+    a = harvest(base, expert, unseen, progress=False)
+    both = evaluate(base, expert, [adapter], [unseen, a])
+    for part in (both[:2], both[2:]):
+        assert part.kl.tolist() == pytest.approx(table.kl.tolist(), rel=1e-9)
+
+
+def test_nothing_is_recovered_where_nothing_was_lost(base: LanguageModel, unseen: Probes) -> None:
+    same = SyntheticExpert.from_base(base, strength=0)
+    table = evaluate(base, same, Adapter.exact(base, same), unseen)
+    assert table.kl.abs().max() < 1e-12 and table.recovered.isna().all() and (table.top1_agreement == 1).all()
+
+
+def by_hand(model: LanguageModel, text: str, skipped: str) -> tuple[float, int]:
+    """Bits of every token that has one before it, by the model's own logits, and the bytes they stand for."""
+    ids = model.tokenizer(text, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        logits = model.model(input_ids=ids).logits[0, :, : model.vocab_size]
+    nats = torch.nn.functional.cross_entropy(logits[:-1].double(), ids[0, 1:], reduction="sum")
+    return float(nats) / math.log(2), len(text.encode()) - len(skipped.encode())
+
+
+def test_bits_per_byte_by_hand_with_a_beginning_of_text(base: LanguageModel, expert: LanguageModel) -> None:
+    probes = Probes("words", "text", TEXTS)
+    bits, sizes = zip(*(by_hand(base, text, "") for text in TEXTS), strict=True)
+    table = evaluate(base, expert, [], probes)
+    assert table.bits_per_byte[0] == pytest.approx(sum(bits) / sum(sizes), rel=1e-5)
+    assert evaluate(expert, base, [], probes).bits_per_byte[0] == pytest.approx(
+        sum(by_hand(expert, text, "")[0] for text in TEXTS) / sum(sizes), rel=1e-5
+    )
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    """Byte-level tokens and no beginning of text."""
+    folder = tmp_path_factory.mktemp("gpt2") / "model"
+    return load(str(make(folder, "GPT2", tokenizer=gpt2_tokenizer(WORDS, 400))), device="cpu")
+
+
+def test_bits_per_byte_by_hand_without_a_beginning_of_text(gpt2: LanguageModel) -> None:
+    figures = []
+    for text in TEXTS:
+        first = gpt2.tokenizer.decode(gpt2.tokenizer(text)["input_ids"][0])
+        assert first and text.startswith(first)
+        figures.append(by_hand(gpt2, text, first))
+    bits, sizes = zip(*figures, strict=True)
+    table = evaluate(gpt2, gpt2, [], Probes("words", "text", TEXTS))
+    assert table.bits_per_byte[0] == pytest.approx(sum(bits) / sum(sizes), rel=1e-5)
+
+
+def test_a_first_token_that_is_half_a_character_costs_its_bytes_only(gpt2: LanguageModel) -> None:
+    text = "東京 is far"
+    first = gpt2.tokenizer.convert_ids_to_tokens(gpt2.tokenizer(text)["input_ids"][0])
+    assert len(first) < len("東".encode())  # one letter of the byte alphabet a byte
+    bits, size = by_hand(gpt2, text, "x" * len(first))
+    table = evaluate(gpt2, gpt2, [], Probes("words", "text", (text,)))
+    assert table.bits_per_byte[0] == pytest.approx(bits / size, rel=1e-5)
+
+
+def test_real_text_is_judged_at_every_position(activations: Activations) -> None:
+    base, expert = activations.base, activations.expert
+    tokens = sum(len(base.tokenizer(text)["input_ids"]) for text in TEXTS)
+    table = evaluate(base, expert, fit(activations), [Probes("words", split, TEXTS) for split in ("text", "val")])
+    assert table.n.tolist() == [tokens, tokens, 2, 2]
+    last = evaluate(base, expert, [], Probes("words", "text", TEXTS), positions="last")
+    assert last.n.tolist() == [2] and last.bits_per_byte.isna().all()
+
+
+# -------------------------------------------------------------------------------------- wrong inputs
+
+
+def test_a_prompt_that_was_fitted_on_is_refused_unless_asked_for(activations: Activations, unseen: Probes) -> None:
+    pair = activations.base, activations.expert
+    adapter = fit(activations, rank=2)
+    leaky = Probes("leaky", "test", (*unseen.prompts, activations.probes.prompts[7]))
+    with refused("1 prompt", "'leaky'", "allow_overlap"):
+        evaluate(*pair, adapter, leaky)
+    assert len(evaluate(*pair, adapter, leaky, allow_overlap=True)) == 2
+    assert len(evaluate(*pair, adapter, activations)) == 2  # the split `train` says what it is
+
+
+def test_the_leak_is_noticed_after_saving(activations: Activations, tmp_path: Path) -> None:
+    adapter = Adapter.load(fit(activations, rank=2).save(tmp_path / "adapter"))
+    with refused("'rivers'", "fitted on"):
+        evaluate(activations.base, activations.expert, adapter, Probes("rivers", "val", activations.probes.prompts[:3]))
+
+
+def test_what_does_not_belong_together_is_refused(
+    activations: Activations, synthetic: SyntheticExpert, unseen: Probes
+) -> None:
+    base, expert = activations.base, activations.expert
+    adapter = fit(activations, rank=2)
+    with refused(base.name, expert.name):
+        evaluate(expert, base, adapter, unseen)
+    with refused(expert.name, "harvest"):
+        evaluate(base, synthetic, adapter, activations)
+    with refused("layer 1", "2, 3"):
+        evaluate(base, expert, fit(activations, layer=1), harvest(base, expert, unseen, layers=[2], progress=False))
+    with refused("positions", "first"):
+        evaluate(base, expert, adapter, unseen, positions="first")

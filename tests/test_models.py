@@ -1,0 +1,197 @@
+"""Loading: what is read out is the model's own, and whatever cannot be loaded is refused in one line."""
+
+import json
+import shutil
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+import transformers as tf
+from conftest import VOCAB, WORDS, make, refused
+from safetensors.torch import load_file, save_file
+
+from chassis_utils import LanguageModel, load
+from chassis_utils.recipe import gpt2_tokenizer, llama_tokenizer
+
+IDS = torch.tensor([[1, 260, 270, 280, 290]])
+
+
+@pytest.fixture
+def broken(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of a good model folder, to be damaged."""
+    return shutil.copytree(folders["base"], tmp_path / "broken")
+
+
+def own(folder: Path) -> tuple[tf.PreTrainedModel, tf.PreTrainedTokenizerBase]:
+    return tf.AutoModelForCausalLM.from_pretrained(folder), tf.AutoTokenizer.from_pretrained(folder)
+
+
+def test_rows_of_the_head_beyond_the_tokenizer_are_left_out(base: LanguageModel) -> None:
+    assert base.model.lm_head.weight.shape[0] == len(base.tokenizer) + 16
+    assert base.vocab_size == len(base.tokenizer)
+    assert base.readout(torch.zeros(2, base.hidden_size)).shape == (2, len(base.tokenizer))
+
+
+def test_the_final_norm_leads_from_the_last_block_to_the_head(base: LanguageModel) -> None:
+    blocks = []
+    hook = base.backbone.layers[-1].register_forward_hook(lambda _m, _i, out: blocks.append(out))
+    final = base.states(IDS, torch.ones_like(IDS))[base.num_layers]
+    hook.remove()
+    raw = blocks[0] if isinstance(blocks[0], torch.Tensor) else blocks[0][0]
+    torch.testing.assert_close(base.final_norm(raw), final)
+    assert not torch.allclose(raw, final, atol=0.1)
+
+
+def test_layers_are_the_embedding_the_residual_stream_and_the_input_of_the_head(base: LanguageModel) -> None:
+    states = base.states(IDS, torch.ones_like(IDS), range(base.num_layers + 1))
+    torch.testing.assert_close(states[0], base.model.get_input_embeddings()(IDS))
+    after = base.backbone.layers[0](
+        states[0],
+        position_embeddings=base.backbone.rotary_emb(states[0], torch.arange(5)[None]),
+        attention_mask=torch.full((5, 5), -torch.inf).triu(1)[None, None],
+    )
+    torch.testing.assert_close(states[1], after if isinstance(after, torch.Tensor) else after[0], atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision_is_read_in_float32(folders: dict[str, Path]) -> None:
+    model = load(str(folders["base"]), device="cpu", dtype=torch.bfloat16)
+    assert model.model.dtype == torch.bfloat16
+    assert model.readout.weight.dtype == model.states(IDS, torch.ones_like(IDS))[3].dtype == torch.float32
+
+
+def test_hashes_tell_heads_tokenizers_and_weights_apart(
+    folders: dict[str, Path], base: LanguageModel, expert: LanguageModel, fresh: LanguageModel
+) -> None:
+    assert (fresh.head_hash, fresh.revision) == (base.head_hash, base.revision)
+    assert expert.head_hash != base.head_hash and expert.revision != base.revision
+    assert expert.tokenizer_hash == base.tokenizer_hash
+    body = load(str(folders["base"]), device="cpu")
+    body.model.model.layers[0].mlp.up_proj.weight.add_(1)
+    assert body.head_hash == base.head_hash and body.revision != base.revision
+
+
+def test_a_tokenizer_without_pad_token_loads(tmp_path: Path) -> None:
+    tokenizer = gpt2_tokenizer(WORDS, 300)
+    assert tokenizer.pad_token is None
+    model = load(str(make(tmp_path / "phi", "Phi", tokenizer=tokenizer)), device="cpu")
+    assert model.vocab_size == len(tokenizer)
+
+
+def test_more_tokens_than_embeddings_are_warned_about(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="more entries than the embedding"):
+        model = load(str(make(tmp_path / "short", vocab_size=VOCAB - 50)), device="cpu")
+    assert model.vocab_size == VOCAB - 50
+
+
+class Louder(tf.LlamaForCausalLM):
+    """A head that does something after its linear map which no config mentions."""
+
+    def forward(self, **inputs: object) -> object:
+        out = super().forward(**inputs)
+        out.logits = out.logits * 1.5
+        return out
+
+
+def test_a_head_that_does_more_than_is_known_is_refused(folders: dict[str, Path]) -> None:
+    model = Louder.from_pretrained(folders["base"])
+    with refused("louder", "Louder", "logits"):
+        LanguageModel("louder", model, tf.AutoTokenizer.from_pretrained(folders["base"]))
+
+
+@pytest.mark.parametrize("change", [lambda x: x + x.new_ones(()).cumsum(0), lambda x: x.clamp(max=1.0), torch.sigmoid])
+def test_whatever_the_head_does_is_noticed(folders: dict[str, Path], change: Callable) -> None:
+    model, tokenizer = own(folders["base"])
+    plain = model.lm_head.forward
+    model.lm_head.forward = types.MethodType(lambda _self, hidden: change(plain(hidden)), model.lm_head)
+    with refused("patched", "logits"):
+        LanguageModel("patched", model, tokenizer)
+
+
+def test_a_model_without_a_linear_head_is_refused(folders: dict[str, Path]) -> None:
+    bare = tf.AutoModel.from_pretrained(folders["base"])
+    with refused("LlamaModel", "head"):
+        LanguageModel("bare", bare, tf.AutoTokenizer.from_pretrained(folders["base"]))
+
+
+def test_weights_that_are_not_finite_are_called_that(folders: dict[str, Path]) -> None:
+    model, tokenizer = own(folders["base"])
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with refused("spoilt", "NaN"):
+        LanguageModel("spoilt", model, tokenizer)
+
+
+def test_unknown_names_and_folders_are_refused(tmp_path: Path) -> None:
+    with refused("pocket-bsae", "bundled"):
+        load("pocket-bsae")
+    with refused(str(tmp_path / "nowhere")):
+        load(str(tmp_path / "nowhere"))
+    with refused(str(tmp_path), "config.json"):
+        load(str(tmp_path))
+
+
+def test_a_hub_id_without_a_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with refused("some-org/some-model", "network"):
+        load("some-org/some-model")
+
+
+def test_an_unknown_device_is_refused(folders: dict[str, Path]) -> None:
+    with refused("abacus"):
+        load(str(folders["base"]), device="abacus")
+
+
+def _no_tokenizer(folder: Path) -> None:
+    for file in folder.glob("*token*"):
+        file.unlink()
+
+
+def _lose_one_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _wrong_shape(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = torch.ones(7)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _cut(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:1000])
+
+
+def _unknown_kind(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "abacus"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (_no_tokenizer, "tokenizer"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
+        (_lose_one_weight, "model.layers.1.mlp.up_proj.weight"),
+        (_wrong_shape, "model.norm.weight"),
+        (_cut("model.safetensors"), "loaded"),
+        (_cut("tokenizer.json"), "loaded"),
+        (lambda folder: (folder / "config.json").write_text("{"), "loaded"),
+        (_unknown_kind, "abacus"),
+    ],
+    ids=["no tokenizer", "no weights", "a weight lost", "shape", "weights cut", "tokenizer cut", "config", "kind"],
+)
+def test_a_damaged_folder_is_refused(broken: Path, damage: Callable[[Path], None], word: str) -> None:
+    damage(broken)
+    with refused(str(broken), word):
+        load(str(broken), device="cpu")
+
+
+def test_the_shared_tokenizer_keeps_every_text(base: LanguageModel) -> None:
+    """The tests below rest on a tokenizer that loses nothing, byte fallback included."""
+    tokenizer = llama_tokenizer(WORDS, VOCAB)
+    for text in (*WORDS, "naïve café — 東京\n\ttab"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == text and max(ids) < base.vocab_size

@@ -1,0 +1,250 @@
+"""Figures show what their controls claim, in every order of clicks, and refuse what they cannot draw."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+from chassis_utils import plots
+from chassis_utils.errors import ChassisError
+
+IDENTITY = {"text": 2.9, "train": 0.62, "val": 0.66, "template": 1.3, "test": 0.67}
+RANKS = (4, 8, 16, 32, 64, 128)
+FULL = ("as_reported", "rrr", "projected", "brand_new")
+
+
+def row(method: str, split: str, kl: float, rank: int | None = None, layer: int | None = None) -> dict[str, Any]:
+    return {"base": "b", "expert": "e", "method": method, "rank": rank, "layer": layer, "split": split, "probes": "p",
+            "n": 512, "kl": kl, "kl_identity": IDENTITY[split], "recovered": 1 - kl / IDENTITY[split],
+            "top1_agreement": 0.8, "bits_per_byte": 1.7 + kl if split == "text" else None}
+
+
+def grid(methods: tuple[str, ...] = FULL, layers: tuple[int | None, ...] = (2, 4, 6),
+         ranks: tuple[int | None, ...] = RANKS) -> pd.DataFrame:
+    draw = random.Random(0)
+    return pd.DataFrame([row(*key[:2], draw.uniform(0.001, 3), *key[2:])
+                         for key in itertools.product(methods, IDENTITY, ranks, layers)]
+                        + [row("identity", split, kl) for split, kl in IDENTITY.items()])
+
+
+REPORTED = pd.DataFrame([{"method": "reported", "layer": layer, "rank": rank, "split": split, "kl": 0.1 / rank}
+                         for layer in (10, 15, 22) for rank in RANKS for split in ("val", "test")])
+
+
+def click(figure: dict[str, Any], button: dict[str, Any]) -> None:
+    """Do to the figure's JSON what plotly does on a click: restyle traces, relayout axes."""
+    traces, layout = button["args"][0], button["args"][1] if button["method"] == "update" else {}
+    for key, values in traces.items():
+        assert len(values) == len(figure["data"])
+        for trace, value in zip(figure["data"], values, strict=True):
+            trace[key] = value
+    for key, value in layout.items():
+        axis, *path = key.split(".")
+        target = figure["layout"][axis]
+        for part in path[:-1]:
+            target = target[part]
+        target[path[-1]] = value
+
+
+def drawn(figure: dict[str, Any]) -> list[dict[str, Any]]:
+    return [trace for trace in figure["data"] if trace.get("visible", True) and trace.get("yaxis", "y") == "y"]
+
+
+def labels(menu: dict[str, Any]) -> list[str]:
+    return [button["label"] for button in menu["buttons"]]
+
+
+@pytest.mark.parametrize("reported", [None, REPORTED])
+@pytest.mark.parametrize("draw, by", [(plots.kl_vs_rank, "layer"), (plots.kl_vs_depth, "rank")])
+def test_every_combination_of_the_dropdowns_shows_exactly_what_they_say(draw: Any, by: str, reported: Any) -> None:
+    frame = grid(FULL[:2], ranks=(8, 64))
+    figure = json.loads(draw(frame, reported).to_json())
+    first, second, third = figure["layout"]["updatemenus"]
+    x = "rank" if by == "layer" else "layer"
+    chosen: list[dict[str, Any]] = [menu["buttons"][menu["active"]] for menu in (first, second, third)]
+    walk = random.Random(1)
+    for _ in range(150):
+        which = walk.randrange(3)
+        chosen[which] = walk.choice((first, second, third)[which]["buttons"])
+        click(figure, chosen[which])
+        place, split, quantity = (button["label"] for button in chosen)
+        column = plots.QUANTITIES[quantity][0]
+        traces = drawn(figure)
+        ours = [trace for trace in traces if trace["meta"][0] not in ("identity", "reported")]
+        assert [trace["meta"][:3] for trace in ours] == [[method, place, split] for method in FULL[:2]]
+        wanted = frame[(frame[by] == float(place.split()[1])) & (frame["split"] == split)]
+        for trace in ours:
+            expected = wanted[wanted["method"] == trace["meta"][0]].sort_values(x)
+            assert trace["x"] == expected[x].tolist()
+            assert [math.nan if value is None else value for value in trace["y"]] == pytest.approx(
+                expected[column].tolist(), rel=1e-3, nan_ok=True)
+        (identity,) = [trace for trace in traces if trace["meta"][0] == "identity"]
+        level = {"kl": IDENTITY[split], "recovered": 0, "bits_per_byte": 1.7 + 2.9 if split == "text" else None}[column]
+        assert identity["y"] == [pytest.approx(level)] * len(identity["x"])
+        for trace in traces:
+            assert trace["meta"][2] == split and trace["meta"][1] in (None, place)
+        assert figure["layout"]["yaxis"]["type"] == plots.QUANTITIES[quantity][1]
+        assert figure["layout"]["yaxis"]["title"]["text"] == plots.QUANTITIES[quantity][2]
+
+
+def test_what_is_shown_first_agrees_with_the_dropdowns_and_the_ticks_are_the_ranks() -> None:
+    figure = json.loads(plots.kl_vs_rank(grid(), split="val", quantity="recovered").to_json())
+    menus = figure["layout"]["updatemenus"]
+    assert [labels(menu)[menu["active"]] for menu in menus] == ["layer 6", "val", "recovered"]
+    assert labels(menus[1]) == list(plots.SPLITS)
+    before = json.dumps(figure["data"], sort_keys=True)
+    for menu in menus:
+        click(figure, menu["buttons"][menu["active"]])
+    for trace in json.loads(before):
+        assert trace.pop("visible") in (True, False)
+    assert before == json.dumps(figure["data"], sort_keys=True)
+    assert figure["layout"]["xaxis"]["tickvals"] == list(RANKS)
+
+
+def test_a_dropdown_with_one_entry_is_left_out_and_full_rank_is_an_entry_or_a_flat_line() -> None:
+    one = grid(("rrr",), layers=(6,))
+    menus = plots.kl_vs_rank(one).to_dict()["layout"]["updatemenus"]
+    assert [labels(menu)[0] for menu in menus] == ["train", "KL (log)"]
+    both = pd.concat([one, pd.DataFrame([row("rrr", split, 0.5, None, 6) for split in IDENTITY])])
+    (flat,) = [trace for trace in drawn(json.loads(plots.kl_vs_rank(both).to_json()))
+               if trace["meta"][0] == "rrr" and trace["mode" if "mode" in trace else "name"] == "lines"]
+    assert flat["y"] == [0.5] * len(RANKS) and "full rank" in flat["hovertemplate"]
+    both["layer"] = both["layer"].mask(both["method"] != "identity", 6)
+    assert labels(plots.kl_vs_depth(both).to_dict()["layout"]["updatemenus"][0]) == [
+        *(f"rank {rank}" for rank in RANKS), "full rank"]
+
+
+def test_one_legend_entry_a_method_under_every_choice() -> None:
+    figure = json.loads(plots.kl_vs_rank(grid(), REPORTED).to_json())
+    for button in figure["layout"]["updatemenus"][0]["buttons"]:
+        click(figure, button)
+        shown = [trace["name"] for trace in figure["data"] if trace["visible"] and trace["showlegend"]]
+        assert len(shown) == len(set(shown)) == len(FULL) + 2
+
+
+def test_the_study_is_drawn_hollow_at_its_own_relative_depth() -> None:
+    one_rank = REPORTED.assign(rank=None).drop_duplicates(["layer", "split"])
+    figure = plots.kl_vs_depth(grid(("lens",), layers=(0, 3, 6), ranks=(None,)), one_rank)
+    theirs = [trace for trace in figure.data if trace.meta[0] == "reported"]
+    assert theirs and all(trace.xaxis == "x2" and "open" in trace.marker.symbol for trace in theirs)
+    ours, study = figure.layout.xaxis.range, figure.layout.xaxis2.range
+    for layer, same in ((6, 22), (0, 0), (3, 11)):
+        assert (layer - ours[0]) / (ours[1] - ours[0]) == pytest.approx((same - study[0]) / (study[1] - study[0]))
+    by_rank = plots.kl_vs_rank(grid(), REPORTED)
+    assert {(trace.meta[1], trace.meta[3]) for trace in by_rank.data if trace.meta[0] == "reported"} == {
+        ("layer 2", ", layer 10"), ("layer 4", ", layer 15"), ("layer 6", ", layer 22")}
+
+
+def colours(figure: go.Figure) -> dict[str, str]:
+    found: dict[str, set[str]] = {}
+    for trace in figure.data:
+        found.setdefault(trace.meta[0], set()).add(trace.marker.color if trace.type == "bar" else trace.line.color)
+    assert all(len(values) == 1 for values in found.values())
+    return {method: values.pop() for method, values in found.items()}
+
+
+def test_a_method_keeps_its_colour_in_every_figure() -> None:
+    frame = grid()
+    figures = [plots.kl_vs_rank(frame, REPORTED), plots.kl_vs_depth(frame), plots.bars(frame),
+               plots.kl_vs_rank(frame[frame["method"].isin(["brand_new", "identity"])]),
+               plots.spectrum({method: [3, 2, 1] for method in FULL})]
+    seen: dict[str, str] = {}
+    for figure in figures:
+        for method, colour in colours(figure).items():
+            assert seen.setdefault(method, colour) == colour
+    assert set(seen) == {*FULL, "identity", "reported"}
+    assert seen["identity"] == plots.GREY and seen["brand_new"] not in plots.PALETTE
+
+
+@pytest.mark.parametrize("colour", [*plots.PALETTE, *plots.SPARE, plots.GREY, plots.template.layout.font.color])
+def test_every_colour_stands_out_on_white_and_on_black(colour: str) -> None:
+    linear = [((part / 255 + 0.055) / 1.055) ** 2.4 for part in bytes.fromhex(colour[1:])]
+    light = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    assert 1.05 / (light + 0.05) >= 3 and (light + 0.05) / 0.056 >= 3
+
+
+def test_bars_tell_the_true_share_of_a_bar_that_is_cut_and_choose_on_val() -> None:
+    frame = pd.DataFrame([row("rrr", "val", 0.1, 4), row("rrr", "test", 40.0, 4), row("rrr", "val", 0.2, 8),
+                          row("rrr", "test", 0.001, 8)])
+    bar = plots.bars(frame).data[0]
+    assert bar.x[1] == -1 and bar.text[1] == "-5,870%" and bar.customdata[1][0] == 40
+    assert plots.bars(frame, rank=8).data[0].customdata[1][0] == 0.001
+    assert plots.bars(frame).data[-1].meta[0] == "identity" and plots.bars(frame).layout.shapes[0].x0 == 0
+
+
+def test_spectrum_keeps_both_ends_and_thins_the_rest() -> None:
+    trace = plots.spectrum({"v1": range(1, 5001)}, {"v1": [28938.0, 1.0]}).data
+    assert (trace[0].x[0], trace[0].y[0], trace[0].x[-1], trace[0].y[-1]) == (1, 5000, 5000, 1)
+    assert len(trace[0].x) <= 120 and trace[1].y == (28938, 1) and trace[1].marker.symbol == "diamond-open"
+
+
+def test_the_table_holds_the_study_the_reproduction_the_correction_and_the_identity() -> None:
+    frame = pd.concat([grid(("as_reported",)), grid(("rrr",)).query("method == 'rrr'").assign(kl=0.00123456)])
+    table = plots.comparison_table(frame, REPORTED, rank=8, layer=4)
+    assert list(table.frame.columns) == ["reported", "reproduced", "corrected", "identity", "recovered, reproduced",
+                                         "recovered, corrected"]
+    assert table.frame.index.tolist() == list(plots.SPLITS)
+    cells = table._repr_html_()
+    assert ">0.00123<" in cells and ">0.67<" in cells and "–" in cells and "rank 8, layer 4" in cells
+    wanted = frame.query("method == 'as_reported' and rank == 8 and layer == 4 and split == 'test'")["kl"].item()
+    assert table.frame.loc["test", "reproduced"] == wanted
+    evil = plots.comparison_table(grid(("<b>x</b>",)))._repr_html_()
+    assert "<b>" not in evil and "overflow-x:auto" in evil
+    with pytest.raises(ChassisError, match="no row of method 'nope'"):
+        plots.comparison_table(frame, corrected="nope")
+
+
+def test_the_largest_figure_of_the_book_stays_light_and_carries_its_alternative_text() -> None:
+    figure = plots.kl_vs_rank(grid(), REPORTED, title="A title long enough to need a second line on a telephone")
+    assert len(figure.to_json()) < 60_000
+    assert "NaN" not in figure.to_json() and "bdata" not in figure.to_json()
+    assert "identity is at 0.67 nats" in figure.layout.meta["alt"]
+    assert max(map(len, figure.layout.title.text.split("<br>"))) <= 42
+    assert plots.bars(grid(), alt="what you see").layout.meta["alt"] == "what you see"
+
+
+def test_an_exact_adapter_stays_on_the_log_axis_and_hover_tells_its_true_kl() -> None:
+    frame = pd.DataFrame([row("exact", "test", kl, rank) for kl, rank in ((0.0, 4), (-1e-12, 8), (0.5, 16))])
+    trace = plots.kl_vs_rank(frame).data[-1]
+    assert min(trace.y) == plots.KL_FLOOR and [point[0] for point in trace.customdata] == [0, -1e-12, 0.5]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda frame: frame.iloc[:0], "no KL to draw"),
+    (lambda frame: frame.assign(kl=math.nan), "no KL to draw"),
+    (lambda frame: frame.drop(columns=["kl_identity", "n"]), "lacks the columns n, kl_identity"),
+    (lambda frame: frame.assign(recovered="much"), "column recovered must hold figures"),
+    (lambda frame: pd.concat([frame, frame]), "two rows measure"),
+    (lambda frame: frame.assign(kl_identity=range(len(frame))), "identity baselines from"),
+    (lambda frame: frame[frame["method"] != "identity"].assign(kl_identity=math.nan), "no identity baseline"),
+    (lambda frame: frame.to_dict(), "dict is not a DataFrame"),
+])
+@pytest.mark.parametrize("draw", [plots.kl_vs_rank, plots.kl_vs_depth, plots.bars, plots.comparison_table])
+def test_a_frame_that_cannot_be_drawn_is_refused_in_one_line(draw: Any, change: Any, message: str) -> None:
+    with pytest.raises(ChassisError, match=message) as error:
+        draw(change(grid(("rrr",))))
+    assert "\n" not in str(error.value)
+
+
+def test_choices_that_were_not_measured_are_refused() -> None:
+    frame = grid(("rrr",))
+    for call, message in (
+            (lambda: plots.kl_vs_rank(frame, quantity="speed"), "no quantity 'speed'"),
+            (lambda: plots.kl_vs_rank(frame.assign(bits_per_byte=None), quantity="bits/byte"), "no quantity"),
+            (lambda: plots.kl_vs_rank(frame, split="dev"), "no split 'dev'"),
+            (lambda: plots.kl_vs_rank(frame.query("rank == 4").assign(rank=None)), "no row has a rank"),
+            (lambda: plots.kl_vs_rank(frame[frame["method"] == "identity"]), "no row has a rank"),
+            (lambda: plots.kl_vs_rank(frame, REPORTED.drop(columns="kl")), "lacks the columns kl"),
+            (lambda: plots.bars(frame.assign(recovered=None)), "no row has a recovered share"),
+            (lambda: plots.bars(frame, rank=5), "no row of method 'rrr' at rank 5"),
+            (lambda: plots.spectrum({}), "no spectrum"),
+            (lambda: plots.spectrum({"v1": [1, math.nan]}), "not finite")):
+        with pytest.raises(ChassisError, match=message):
+            call()
