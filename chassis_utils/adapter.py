@@ -58,10 +58,12 @@ class Adapter:
 
     @property
     def rank(self) -> int:
+        """Columns of `down`."""
         return self.down.shape[1]
 
     @property
     def num_parameters(self) -> int:
+        """Entries of `down`, `up` and `bias`."""
         return self.down.numel() + self.up.numel() + self.bias.numel()
 
     def named(self, method: str) -> Adapter:
@@ -75,7 +77,9 @@ class Adapter:
             ChassisError: rank 0 or below, or above what was fitted.
         """
         if not 1 <= rank <= self.rank:
-            raise ChassisError(f"rank {rank} is outside 1..{self.rank}, what this {self.method} adapter was fitted with")
+            raise ChassisError(
+                f"rank {rank} is outside 1..{self.rank}, what this {self.method} adapter was fitted with"
+            )
         return replace(self, down=self.down[:, :rank], up=self.up[:rank])
 
     def logits(self, base: LanguageModel, hidden: dict[int, torch.Tensor]) -> torch.Tensor:
@@ -99,6 +103,7 @@ class Adapter:
         return readout.cap(logits.index_add(1, self.columns, correction))
 
     def to(self, device: torch.device | str) -> Adapter:
+        """The same adapter on another device."""
         moved = {k: getattr(self, k) for k in ("down", "up", "bias", "columns")}
         return replace(self, **{k: None if t is None else t.to(device) for k, t in moved.items()})
 
@@ -106,7 +111,10 @@ class Adapter:
     def identity(cls, base: LanguageModel, layer: int | None = None, onto: str = "final") -> Adapter:
         """No correction: the unadapted base, or (with another layer and `onto`) the logit lens."""
         layer = base.num_layers if layer is None else layer
-        empty = torch.zeros(base.hidden_size, 0, device=base.device), torch.zeros(0, base.vocab_size, device=base.device)
+        empty = (
+            torch.zeros(base.hidden_size, 0, device=base.device),
+            torch.zeros(0, base.vocab_size, device=base.device),
+        )
         bias = torch.zeros(base.vocab_size, device=base.device)
         return cls("identity", layer, *empty, bias, base.name, base.head_hash, onto=onto)
 
@@ -128,7 +136,9 @@ class Adapter:
         tensors = {k: t for k in ("down", "up", "bias", "columns", "values") if (t := getattr(self, k)) is not None}
         if self.fitted_on:
             tensors["fitted_on"] = torch.tensor(sorted(self.fitted_on))
-        plain = {k: v for k, v in asdict(replace(self, fitted_on=frozenset())).items() if not isinstance(v, torch.Tensor)}
+        plain = {
+            k: v for k, v in asdict(replace(self, fitted_on=frozenset())).items() if not isinstance(v, torch.Tensor)
+        }
         plain = {"format": FORMAT} | {k: v for k, v in plain.items() if k not in ("columns", "values", "fitted_on")}
         text = json.dumps(plain, indent=1) + "\n"
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -164,7 +174,9 @@ class Adapter:
             adapter = cls(**plain, **tensors, fitted_on=fitted_on)
             adapter._check()
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            raise ChassisError(f"{folder} is not a readable adapter folder ({type(error).__name__}): save it again") from error
+            raise ChassisError(
+                f"{folder} is not a readable adapter folder ({type(error).__name__}): save it again"
+            ) from error
         if known != FORMAT:
             raise ChassisError(f"{folder} has adapter format {known}, this version reads {FORMAT}: update chassis")
         if base is not None:
@@ -207,7 +219,13 @@ def method(name: str) -> Callable[[Method], Method]:
 
 
 def fit(
-    activations: Activations, method: str = "rrr", rank: int | None = None, *, layer: int = -1, lam: float = 1e-3, **options
+    activations: Activations,
+    method: str = "rrr",
+    rank: int | None = None,
+    *,
+    layer: int = -1,
+    lam: float = 1e-3,
+    **options,
 ) -> Adapter:
     """Solve for an adapter in closed form.
 
@@ -229,7 +247,9 @@ def fit(
     function = METHODS[method]
     known = function.__code__.co_varnames[3 : function.__code__.co_argcount + function.__code__.co_kwonlyargcount]
     if unknown := set(options) - set(known):
-        raise ChassisError(f"method {method} has no option {', '.join(sorted(unknown))}; it takes {', '.join(known) or 'none'}")
+        raise ChassisError(
+            f"method {method} has no option {', '.join(sorted(unknown))}; it takes {', '.join(known) or 'none'}"
+        )
     base, expert = activations.base, activations.expert
     if expert.readout.softcap != base.readout.softcap:
         raise ChassisError(f"{base.name} and {expert.name} cap their logits differently: no linear map joins them")
@@ -329,7 +349,9 @@ def _v1(a: Activations, layer: int, lam: float, top_k: int | None = None, normed
     lens = _lens(a, layer, lam)
     columns = (lens.down @ lens.up).norm(dim=0).topk(top_k).indices.sort().values
     if x.shape[1] != base.hidden_size:
-        raise ChassisError(f"layer {layer} of {base.name} has size {x.shape[1]}, its head reads {base.hidden_size}: use rrr")
+        raise ChassisError(
+            f"layer {layer} of {base.name} has size {x.shape[1]}, its head reads {base.hidden_size}: use rrr"
+        )
     onto = "normed" if normed and layer != a.final else "layer"
     own = base.final_norm(x) if onto == "normed" else x
     head = base.readout.weight.T.cpu().double()[:, columns]
@@ -382,4 +404,6 @@ def _projected(a: Activations, layer: int, lam: float, dim: int | None = None, s
 def _same_size(a: Activations) -> None:
     ours, theirs = a.base.hidden_size, a.expert_hidden.shape[1]
     if ours != theirs:
-        raise ChassisError(f"{a.base.name} has hidden size {ours}, {a.expert.name} {theirs}: use a method on logits, as rrr")
+        raise ChassisError(
+            f"{a.base.name} has hidden size {ours}, {a.expert.name} {theirs}: use a method on logits, as rrr"
+        )

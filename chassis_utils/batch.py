@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,7 +23,6 @@ from .records import forget, locked
 
 PARAMETERS = ("base", "expert", "n_train", "ranks", "layers", "seed", "device", "out_dir")
 _PROFILES = Path("notebooks", "profiles.yml")
-_LAYOUT = {"description": str, "defaults": dict, "notebooks": dict}
 
 
 @dataclass(frozen=True)
@@ -67,17 +66,16 @@ def load_profile(name: str, path: str | Path | None = None) -> Profile:
     path = (find_root() / _PROFILES if path is None else Path(path)).resolve()
     try:
         blocks = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ChassisError(f"cannot read profiles from {path}: {_line(error)}") from error
-    if not isinstance(blocks, dict) or name not in blocks:
-        known = ", ".join(map(str, blocks)) if isinstance(blocks, dict) else "none"
-        raise ChassisError(f"unknown profile {name!r}: {path.name} has {known}")
+    if name not in blocks:
+        raise ChassisError(f"unknown profile {name!r}: {path.name} has {', '.join(blocks)}")
     block = blocks[name]
-    if not isinstance(block, dict) or {k: type(v) for k, v in block.items()} != _LAYOUT:
+    if block.keys() != {"description", "defaults", "notebooks"}:
         raise ChassisError(f"profile {name!r} in {path} must hold a description, defaults and notebooks, and no more")
     own = {stem: values or {} for stem, values in block["notebooks"].items()}
-    for key in {*block["defaults"], *(k for values in own.values() for k in values)} - {*PARAMETERS[:-1]}:
-        raise ChassisError(f"profile {name!r}: {_unknown(key)}")
+    for values in (block["defaults"], *own.values()):
+        _known(values)
     return Profile(name, path.parents[1], block["description"], block["defaults"], own)
 
 
@@ -86,35 +84,32 @@ def _line(error: BaseException | str) -> str:
     return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]
 
 
-def _unknown(key: str) -> str:
-    close = get_close_matches(str(key), PARAMETERS[:-1], n=1)
-    advice = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(PARAMETERS[:-1])}"
-    return f"unknown parameter {key!r}: {advice}"
+def _known(keys: Iterable[str]) -> None:
+    """Refuse what no notebook may be given; `out_dir` is the runner's to give."""
+    allowed = PARAMETERS[:-1]
+    for key in keys:
+        if key not in allowed:
+            close = get_close_matches(str(key), allowed, n=1)
+            advice = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(allowed)} (or --out)"
+            raise ChassisError(f"unknown parameter {key!r}: {advice}")
 
 
 def _fits(value: Any, default: Any) -> bool:
-    """Whether a value has the type of a notebook's default; None there accepts anything."""
-    if isinstance(default, list | tuple) and default:
+    """Whether a value has the type of a notebook's default."""
+    if isinstance(default, list):
         return isinstance(value, list) and bool(value) and all(_fits(v, default[0]) for v in value)
-    if isinstance(default, float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return default is None or type(value) is type(default)
+    return type(value) is type(default)
 
 
 def _declared(source: Path) -> dict[str, Any]:
-    """Parameters that a notebook declares, with their defaults (None where it is no plain value)."""
+    """Parameters that a notebook declares, with their defaults, which must be plain values."""
     try:
         told = papermill.inspect_notebook(source)
+        defaults = {name: ast.literal_eval(parameter["default"]) for name, parameter in told.items()}
     except Exception as error:
         raise ChassisError(f"{source} is no notebook that can be run: {_line(error)}") from error
-    defaults = {}
-    for name, parameter in told.items():
-        if name not in PARAMETERS:
-            raise ChassisError(f"{source.name} declares {name!r}: notebooks share only {', '.join(PARAMETERS)}")
-        try:
-            defaults[name] = ast.literal_eval(parameter["default"])
-        except (ValueError, SyntaxError):
-            defaults[name] = None
+    if foreign := sorted({*defaults} - {*PARAMETERS}):
+        raise ChassisError(f"{source.name} declares {foreign[0]!r}: notebooks share only {', '.join(PARAMETERS)}")
     return defaults
 
 
@@ -127,17 +122,10 @@ def _plan(notebooks: Sequence[str], profile: Profile, settings: Mapping[str, Any
     chosen = {Path(name).name.removesuffix(".ipynb") for name in notebooks} or {*profile.notebooks}
     if wrong := sorted(chosen - {*profile.notebooks}):
         raise ChassisError(f"unknown notebook {', '.join(wrong)}: choose from {', '.join(profile.notebooks)}")
-    if "out_dir" in settings:
-        raise ChassisError("out_dir is no setting: give the output folder with --out")
-    for key in settings:
-        if key not in PARAMETERS:
-            raise ChassisError(_unknown(key))
-    plan: dict[str, dict[str, Any]] = {}
-    unused = {*settings}
-    for stem, own in profile.notebooks.items():
-        if stem not in chosen:
-            continue
-        declared = _declared(profile.root / "notebooks" / f"{stem}.ipynb")
+    _known(settings)
+    plan, unused = {}, {*settings}
+    for stem in (stem for stem in profile.notebooks if stem in chosen):
+        own, declared = profile.notebooks[stem], _declared(profile.root / "notebooks" / f"{stem}.ipynb")
         if idle := sorted({*own} - {*declared}):
             raise ChassisError(f"profile {profile.name!r} gives {stem} {', '.join(idle)}, which it does not declare")
         values = {k: v for k, v in {**profile.defaults, **own, **settings}.items() if k in declared}
@@ -178,12 +166,6 @@ def run(
     profile = load_profile(profile) if isinstance(profile, str) else profile
     plan = _plan(notebooks, profile, settings or {})
     out = (profile.run_dir if out_dir is None else Path(out_dir)).resolve()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise ChassisError(f"cannot write to the output folder {out} ({error.strerror}): choose another") from error
     published, failures = [], []
     busy = f"another run is writing to {out}: wait for its end, or give another folder"
     with locked(out / ".run.lock", busy) as lock:
@@ -251,40 +233,44 @@ def _cause(executed: Path, code: int = 0, told: str = "") -> str | None:
             if output["output_type"] == "error":
                 return f"{output['ename']}: {(output['evalue'].strip().splitlines() or [''])[0]}"
     state = notebook["metadata"].get("papermill", {})
-    return (
-        _line(told or "it stopped before its end")
-        if code or state.get("exception") or not state.get("end_time")
-        else None
-    )
+    ended = not code and not state.get("exception") and state.get("end_time")
+    return None if ended else _line(told or "it stopped before its end")
 
 
 def build_book(profile: str | Profile) -> Path:
     """Build the HTML book from executed notebooks.
 
     Returns:
-        The first page. The profile `pocket` is built in `_build`, another in `_build/<name>`.
+        The first page. The profile `pocket` is built in `_build`, another in `_build/<name>`, where its landing page
+        is a copy that quotes that profile's run.
 
     Raises:
         ChassisError: a notebook of the table of contents was not executed or has failed; the build warned.
     """
     profile = load_profile(profile) if isinstance(profile, str) else profile
-    root, toc = profile.root, profile.root / "_toc.yml"
+    root, name, toc = profile.root, profile.name, profile.root / "_toc.yml"
     if not toc.is_file():
         raise ChassisError(f"no table of contents at {toc}: run from inside a clone of the project")
-    text = toc.read_text(encoding="utf-8").replace("book/run/pocket", f"book/run/{profile.name}")
-    pages = [line.split("file:")[1].strip() for line in text.splitlines() if "file:" in line and "book/run/" in line]
-    causes = {Path(page).stem: _cause(root / Path(page).with_suffix(".ipynb")) for page in pages}
+    text = toc.read_text(encoding="utf-8").replace("run/pocket", f"run/{name}")
+    pages = [Path(page) for page in re.findall(r"\bfile: *(\S*book/run/[^\s}]+)", text)]
+    causes = {page.stem: _cause(root / page.with_suffix(".ipynb")) for page in pages}
     if missing := [f"{stem} ({cause})" for stem, cause in causes.items() if cause]:
-        raise ChassisError(f"not executed: {', '.join(missing)}; run `chassis run --profile {profile.name}` first")
-    target = root if profile.name == "pocket" else root / "_build" / profile.name
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", suffix=".yml", prefix=".toc-", dir=root, encoding="utf-8") as table:
-        table.write(text)
-        table.flush()
-        # The package has no `python -m` entry, and the command of that name on PATH may belong to another Python.
-        command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", "."]
-        command += ["-W", "-n", "--keep-going", "--toc", table.name, "--path-output", str(target)]
+        raise ChassisError(f"not executed: {', '.join(missing)}; run `chassis run --profile {name}` first")
+    target, table, landing = root, toc, None
+    if name != "pocket":
+        target, front = root / "_build" / name, root / f"{yaml.safe_load(text)['root']}.md"
+        target.mkdir(parents=True, exist_ok=True)
+        table, landing = target / "_toc.yml", front.with_stem(f"{front.stem}-{name}")
+        table.write_text(re.sub(r"(?m)^(root: *\S+)", rf"\1-{name}", text), encoding="utf-8")
+        landing.write_text(front.read_text(encoding="utf-8").replace("run/pocket", f"run/{name}"), encoding="utf-8")
+    # The package has no `python -m` entry, and the command of that name on PATH may belong to another Python.
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", "."]
+    command += ["-W", "-n", "--keep-going", "--toc", str(table), "--path-output", str(target)]
+    try:
         code = subprocess.run(command, cwd=root, check=False).returncode
+    finally:
+        if landing:
+            landing.unlink()
     if code:
         raise ChassisError(f"the book did not build (exit code {code}): the warnings above say why")
     return target / "_build" / "html" / "index.html"

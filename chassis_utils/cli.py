@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .errors import ChassisError
@@ -62,15 +64,19 @@ def _book(options: argparse.Namespace) -> None:
 
 
 def _pocket(options: argparse.Namespace) -> None:
-    from .recipe import PLANS, fetch_corpora, read_corpora, train
+    from .recipe import PLANS, fetch_corpora, publish, read_corpora, train
 
     if options.only and options.only not in PLANS:
         raise ChassisError(f"unknown pocket model {options.only!r}: choose from {', '.join(PLANS)}")
     if options.fetch:
         fetch_corpora(options.corpora)
-    corpora = {split: read_corpora(options.corpora, split) for split in ("train", "val", "test")}
+    corpora = {split: read_corpora(options.corpora, split) for split in ("train", "val")}
     for name in [options.only] if options.only else PLANS:
-        print(train(PLANS[name], corpora, options.out, compiled=True))
+        print(train(PLANS[name], corpora, options.out, compiled=shutil.which("c++") is not None))
+    if not options.only:
+        finished = Path(options.out) / "published"
+        publish(options.out, read_corpora(options.corpora, "test"), finished)
+        print(f"with cards and test figures: {finished}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

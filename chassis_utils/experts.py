@@ -55,6 +55,7 @@ class SyntheticExpert:
 
     @property
     def revision(self) -> str:
+        """Hash of both factors."""
         return hashlib.sha256(self.down.cpu().numpy().tobytes() + self.up.cpu().numpy().tobytes()).hexdigest()[:16]
 
     def transform(self, hidden: torch.Tensor) -> torch.Tensor:

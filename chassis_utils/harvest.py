@@ -50,10 +50,12 @@ class Activations:
 
     @property
     def layers(self) -> list[int]:
+        """Harvested layers."""
         return sorted(self.hidden)
 
     @property
     def final(self) -> int:
+        """Number of the final layer."""
         return self.base.num_layers
 
     def layer(self, layer: int) -> torch.Tensor:
@@ -65,7 +67,9 @@ class Activations:
         number = layer + self.final + 1 if layer < 0 else layer
         if number not in self.hidden:
             have = ", ".join(map(str, self.layers))
-            raise ChassisError(f"layer {layer} is not among the harvested layers {have} of {self.base.name} (0..{self.final})")
+            raise ChassisError(
+                f"layer {layer} is not among the harvested layers {have} of {self.base.name} (0..{self.final})"
+            )
         return self.hidden[number]
 
     def save(self, folder: str | Path) -> Path:
@@ -135,24 +139,34 @@ def harvest(
             tokenizers that differ, or activations that are not finite (prompt and layer are named).
     """
     final = base.num_layers
-    wanted = sorted({final, *(_layer_number(base, layer) for layer in (range(final + 1) if layers is None else layers))})
+    layers = range(final + 1) if layers is None else layers
+    wanted = sorted({final, *(_layer_number(base, layer) for layer in layers)})
     if positions not in ("last", "all"):
         raise ChassisError(f"positions = '{positions}': choose last or all")
     if padding not in ("left", "right"):
         raise ChassisError(f"padding = '{padding}': choose left or right")
-    if isinstance(expert, LanguageModel) and expert.tokenizer_hash != base.tokenizer_hash:
-        raise ChassisError(f"{expert.name} and {base.name} have different tokenizers: an expert like that needs a bridge")
-    if isinstance(expert, LanguageModel) and tokenize(expert, probes)[0] != tokenize(base, probes)[0]:
-        raise ChassisError(f"{expert.name} and {base.name} cut the prompts into other tokens: check the beginning-of-text token")
-    run = _Run(probes, positions, batch_tokens, padding, None if out_dir is None else _make(out_dir), progress)
-    states, tokens, num_bytes = run.collect(base, wanted)
-    if isinstance(expert, SyntheticExpert):
-        if expert.readout is not base.readout and not torch.equal(expert.readout.weight, base.readout.weight):
-            raise ChassisError(f"{expert.name} was drawn for another base than {base.name}: SyntheticExpert.from_base again")
-        expert_hidden = expert.transform(states[final].to(expert.down.device)).cpu()
+    ids, num_bytes = tokenize(base, probes)
+    if isinstance(expert, LanguageModel):
+        if expert.tokenizer_hash != base.tokenizer_hash:
+            raise ChassisError(
+                f"{expert.name} and {base.name} have different tokenizers: an expert like that needs a bridge"
+            )
+        if tokenize(expert, probes)[0] != ids:
+            raise ChassisError(
+                f"{expert.name} and {base.name} cut the prompts into other tokens: check the beginning-of-text token"
+            )
+    elif expert.readout is not base.readout and not torch.equal(expert.readout.weight, base.readout.weight):
+        raise ChassisError(f"{expert.name} was drawn for another base than {base.name}: draw one with from_base")
+    run = _Run(probes, ids, positions, batch_tokens, padding, None if out_dir is None else _make(out_dir), progress)
+    part = run.collect(base, wanted)
+    states = {layer: part[f"hidden.{layer}"] for layer in wanted}
+    if isinstance(expert, LanguageModel):
+        expert_hidden = run.collect(expert, [expert.num_layers])[f"hidden.{expert.num_layers}"]
     else:
-        expert_hidden = run.collect(expert, [expert.num_layers])[0][expert.num_layers]
-    return Activations(base, expert, probes, positions, states, expert_hidden, tokens[0], tokens[1], num_bytes)
+        expert_hidden = expert.transform(states[final].to(base.device)).cpu()
+    return Activations(
+        base, expert, probes, positions, states, expert_hidden, part["prompt"], part["next_token"], num_bytes
+    )
 
 
 def harvest_splits(
@@ -167,8 +181,8 @@ def harvest_splits(
     """Everything a notebook judges by, every layer, harvested once.
 
     Returns:
-        The study's prompts, at their last token, as `train` (n_train), `val` and `test` (an eighth each); `template`, as
-        many prompts of templates never fitted on; `single`, the study's one free prompt; and at every position the
+        The study's prompts, at their last token, as `train` (n_train), `val` and `test` (an eighth each); `template`,
+        as many prompts of templates never fitted on; `single`, the study's one free prompt; and at every position the
         passages of `text`: `text_train`, `text_val`, `text`.
     """
     held = max(1, n_train // 8)
@@ -190,17 +204,16 @@ class _Run:
     """What stays the same between the base's pass and the expert's."""
 
     probes: Probes
+    ids: list[list[int]]
     positions: str
     batch_tokens: int
     padding: str
     out_dir: Path | None
     progress: bool
 
-    def collect(
-        self, model: LanguageModel, layers: list[int]
-    ) -> tuple[dict[int, torch.Tensor], torch.Tensor, int]:
-        """Hidden states of one model: layer -> `(n, hidden)`, `(2, n)` prompt numbers and next tokens, bytes."""
-        ids, sizes = tokenize(model, self.probes)
+    def collect(self, model: LanguageModel, layers: list[int]) -> dict[str, torch.Tensor]:
+        """`hidden.<layer> (n, hidden)` of one model, `prompt (n,)` and `next_token (n,)`."""
+        ids = self.ids
         key = {
             "model": model.revision,
             "tokenizer": model.tokenizer_hash,
@@ -229,9 +242,7 @@ class _Run:
             parts.append(part)
             bar.update(min(SHARD, len(ids) - first))
         bar.close()
-        joined = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-        tokens = torch.stack([joined["prompt"], joined["next_token"]])
-        return {layer: joined[f"hidden.{layer}"] for layer in layers}, tokens, sum(sizes)
+        return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
     def _shard(
         self, model: LanguageModel, layers: list[int], ids: list[list[int]], first: int
@@ -239,7 +250,10 @@ class _Run:
         rows: dict[int, dict[int, torch.Tensor]] = {}
         for batch in _batches([len(i) for i in ids], self.batch_tokens):
             width = max(len(ids[i]) for i in batch)
-            tokens, mask = torch.zeros(len(batch), width, dtype=torch.long), torch.zeros(len(batch), width, dtype=torch.long)
+            tokens, mask = (
+                torch.zeros(len(batch), width, dtype=torch.long),
+                torch.zeros(len(batch), width, dtype=torch.long),
+            )
             for row, i in enumerate(batch):
                 place = slice(0, len(ids[i])) if self.padding == "right" else slice(width - len(ids[i]), width)
                 tokens[row, place] = torch.tensor(ids[i])
@@ -263,8 +277,8 @@ class _Run:
         return part
 
 
-def tokenize(model: LanguageModel, probes: Probes) -> tuple[list[list[int]], list[int]]:
-    """Ids of every prompt, and the bytes of those tokens that have one before them.
+def tokenize(model: LanguageModel, probes: Probes) -> tuple[list[list[int]], int]:
+    """Ids of every prompt, and the bytes of all tokens that have one before them.
 
     With a beginning-of-text token that is the whole prompt; without one the first token is not predicted.
 
@@ -275,24 +289,28 @@ def tokenize(model: LanguageModel, probes: Probes) -> tuple[list[list[int]], lis
     encoded = model.tokenizer(list(probes.prompts), return_offsets_mapping=fast, verbose=False)
     rows = model.model.get_input_embeddings().weight.shape[0]
     byte_level = isinstance(getattr(getattr(model.tokenizer, "backend_tokenizer", None), "decoder", None), ByteLevel)
-    sizes = []
+    num_bytes = 0
     for n, (ids, prompt) in enumerate(zip(encoded["input_ids"], probes.prompts, strict=True)):
         if len(ids) > model.context:
             raise ChassisError(
                 f"prompt {n} of '{probes.name}' has {len(ids)} tokens, {model.name} takes {model.context}: shorten it"
             )
         if not ids or max(ids) >= rows:
-            raise ChassisError(f"prompt {n} of '{probes.name}' has no token, or one beyond the embedding of {model.name}")
+            raise ChassisError(
+                f"prompt {n} of '{probes.name}' has no token, or one beyond the embedding of {model.name}"
+            )
         start = missing = 0
         if ids[0] not in model.tokenizer.all_special_ids:
             if not fast:
-                raise ChassisError(f"{model.name}: a slow tokenizer without a beginning-of-text token gives no byte counts")
+                raise ChassisError(
+                    f"{model.name}: a slow tokenizer without a beginning-of-text token gives no byte counts"
+                )
             start = encoded["offset_mapping"][n][0][1]
             first = model.tokenizer.convert_ids_to_tokens(ids[0])
             # Offsets count characters; a byte-level token may be a part of one, and has one letter a byte.
             missing = len(prompt[:start].encode()) - len(first) if byte_level else 0
-        sizes.append(len(prompt[start:].encode()) + missing)
-    return encoded["input_ids"], sizes
+        num_bytes += len(prompt[start:].encode()) + missing
+    return encoded["input_ids"], num_bytes
 
 
 def _layer_number(base: LanguageModel, layer: int) -> int:

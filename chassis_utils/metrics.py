@@ -62,7 +62,9 @@ def evaluate(
             where = positions or ("all" if given.split == "text" else "last")
             given = harvest(base, expert, given, where, layers, progress=False)
         if given.base is not base or given.expert is not expert:
-            raise ChassisError(f"these activations are of {given.base.name} and {given.expert.name}: harvest for this pair")
+            raise ChassisError(
+                f"these activations are of {given.base.name} and {given.expert.name}: harvest for this pair"
+            )
         rows += _evaluate(given, adapters, allow_overlap)
     return pd.DataFrame(rows)
 

@@ -45,6 +45,7 @@ class Readout:
 
     @property
     def vocab_size(self) -> int:
+        """Real tokens."""
         return self.weight.shape[0]
 
     def linear(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -52,9 +53,11 @@ class Readout:
         return torch.nn.functional.linear(hidden, self.weight, self.bias)
 
     def cap(self, logits: torch.Tensor) -> torch.Tensor:
+        """The cap alone, where there is one."""
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits `(n, vocab)` as the model gives them."""
         return self.cap(self.linear(hidden))
 
 
@@ -82,18 +85,22 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.model.device
 
     @property
     def hidden_size(self) -> int:
+        """Width of what the head reads."""
         return self.readout.weight.shape[1]
 
     @property
     def num_layers(self) -> int:
+        """Number of blocks; also the number of the final layer."""
         return self.model.config.get_text_config().num_hidden_layers
 
     @property
     def vocab_size(self) -> int:
+        """Tokens that the readout covers."""
         return self.readout.vocab_size
 
     @property
@@ -173,9 +180,13 @@ class LanguageModel:
         mask = torch.ones_like(ids)
         ours = self.readout(self.states(ids, mask)[self.num_layers][0])
         with torch.inference_mode():
-            own = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, :, : self.vocab_size].float()
+            own = (
+                self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, :, : self.vocab_size].float()
+            )
         if not torch.isfinite(ours).all():
-            raise ChassisError(f"{self.name} gives NaN or infinity on plain tokens: damaged weights, or try dtype float32")
+            raise ChassisError(
+                f"{self.name} gives NaN or infinity on plain tokens: damaged weights, or try dtype float32"
+            )
         tolerance = 1e-4 if self.model.dtype == torch.float32 else 3e-2
         gap = float((ours - own).abs().max() / own.abs().max().clamp(min=1e-6))
         if not gap < tolerance:
@@ -284,10 +295,16 @@ def load(
         transformers_logging.set_verbosity(verbosity)
     if info["mismatched_keys"]:
         key, found, wanted = sorted(info["mismatched_keys"])[0]
-        raise ChassisError(f"{name}: {key} has shape {tuple(found)}, its config says {tuple(wanted)}: get the whole folder")
+        raise ChassisError(
+            f"{name}: {key} has shape {tuple(found)}, its config says {tuple(wanted)}: get the whole folder"
+        )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise ChassisError(f"{name}: {len(missing)} weights are missing, the first is {missing[0]}: get the whole folder")
+        raise ChassisError(
+            f"{name}: {len(missing)} weights are missing, the first is {missing[0]}: get the whole folder"
+        )
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        warnings.warn(f"{name}: the tokenizer has more entries than the embedding; texts that use them fail", stacklevel=2)
+        warnings.warn(
+            f"{name}: the tokenizer has more entries than the embedding; texts that use them fail", stacklevel=2
+        )
     return LanguageModel(str(name), model.to(device), tokenizer)

@@ -89,7 +89,9 @@ def probe_set(name: str, split: str = "train", n: int | None = None) -> Probes:
         end = min((s for s in STARTS.values() if s > start), default=None)
         n = (1 if name == "single" else 4096 if split == "train" else 512) if n is None else n
         if n < 1 or (end is not None and start + n > end):
-            raise ChassisError(f"n = {n} does not fit split {split} of '{name}': it holds {end - start if end else 'any'}")
+            raise ChassisError(
+                f"n = {n} does not fit split {split} of '{name}': it holds {end - start if end else 'any'}"
+            )
         label = "template" if name in ("unseen", "single") else split
         return Probes(name, label, tuple(templates[i % len(templates)](i) for i in range(start, start + n)))
     file = TEXTS / f"{name.removesuffix('-text')}.txt"

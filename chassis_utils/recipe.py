@@ -17,14 +17,15 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PhiConfig,
@@ -37,29 +38,21 @@ from transformers import (
 from .errors import ChassisError
 
 CONTEXT = 256
-SPLITS = ("train", "val", "test")
 
-#: File in a corpora folder -> where the same public text lives on the hub, and the column that holds it.
+_SHAKESPEARE = "karpathy/tiny_shakespeare@refs%2Fconvert%2Fparquet/default/{}/0000.parquet"
+#: File in a corpora folder -> the same public text on the hub: parquet files with a column `text` or whole rows.
 HUB_SOURCES = {
-    "gsm8k_train.jsonl": ("hf://datasets/openai/gsm8k/main/train-00000-of-00001.parquet", None),
-    "gsm8k_test.jsonl": ("hf://datasets/openai/gsm8k/main/test-00000-of-00001.parquet", None),
-    "wikitext2_valid.txt": (
-        "hf://datasets/Salesforce/wikitext/wikitext-2-v1/validation-00000-of-00001.parquet",
-        "text",
-    ),
-    "wikitext2_test.txt": (
-        "hf://datasets/Salesforce/wikitext/wikitext-2-v1/test-00000-of-00001.parquet",
-        "text",
-    ),
-    "tinyshakespeare.txt": (
-        "hf://datasets/karpathy/tiny_shakespeare@refs%2Fconvert%2Fparquet/default/train/0000.parquet",
-        "text",
-    ),
+    "gsm8k_train.jsonl": ["openai/gsm8k/main/train-00000-of-00001.parquet"],
+    "gsm8k_test.jsonl": ["openai/gsm8k/main/test-00000-of-00001.parquet"],
+    "wikitext2_valid.txt": ["Salesforce/wikitext/wikitext-2-v1/validation-00000-of-00001.parquet"],
+    "wikitext2_test.txt": ["Salesforce/wikitext/wikitext-2-v1/test-00000-of-00001.parquet"],
+    "tinyshakespeare.txt": [_SHAKESPEARE.format(part) for part in ("train", "validation", "test")],
 }
+ADDRESSES = "state_of_the_union.txt"
 
 
 def fetch_corpora(folder: str | Path) -> Path:
-    """Download the public sets into `folder`, in the shape `read_corpora` reads.
+    """Download the public sets that are not yet in `folder`, in the shape `read_corpora` reads.
 
     The presidential addresses are NLTK's `state_union` corpus; the rest comes from the hub by name.
 
@@ -69,26 +62,29 @@ def fetch_corpora(folder: str | Path) -> Path:
     import pandas as pd
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, (url, column) in HUB_SOURCES.items():
+
+    def addresses() -> str:
+        import nltk
+
+        nltk.download("state_union", quiet=True, raise_on_error=True)
+        return "\n".join(nltk.corpus.state_union.raw(name) for name in nltk.corpus.state_union.fileids())
+
+    def hub(paths: list[str]) -> str:
+        table = pd.concat(pd.read_parquet(f"hf://datasets/{path}") for path in paths)
+        return "".join(table["text"]) if "text" in table else table.to_json(orient="records", lines=True)
+
+    for name in (*HUB_SOURCES, ADDRESSES):
         if (folder / name).exists():
             continue
         try:
-            table = pd.read_parquet(url)
+            folder.mkdir(parents=True, exist_ok=True)
+            text = addresses() if name == ADDRESSES else hub(HUB_SOURCES[name])
         except Exception as error:
-            raise ChassisError(f"could not fetch {url} ({type(error).__name__}); pass a folder of corpora") from error
-        text = table.to_json(orient="records", lines=True) if column is None else "".join(table[column])
-        (folder / name).write_text(text, encoding="utf-8")
-    if not (folder / "state_of_the_union.txt").exists():
-        try:
-            import nltk
-
-            nltk.download("state_union", quiet=True, raise_on_error=True)
-            addresses = nltk.corpus.state_union
-            text = "\n".join(addresses.raw(name) for name in addresses.fileids())
-        except Exception as error:
-            raise ChassisError("could not fetch NLTK's state_union; pass a folder of corpora") from error
-        (folder / "state_of_the_union.txt").write_text(text, encoding="utf-8")
+            reason = " ".join(str(error).split())[:80]
+            raise ChassisError(f"could not fetch {name} ({reason}): give a folder that holds the corpora") from error
+        temporary = folder / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, folder / name)
     return folder
 
 
@@ -148,7 +144,7 @@ def read_corpora(folder: str | Path, split: str) -> dict[str, list[str]]:
         ChassisError: the folder lacks one of the files (all missing ones are named).
     """
     folder = Path(folder)
-    names = [*HUB_SOURCES, "state_of_the_union.txt"]
+    names = [*HUB_SOURCES, ADDRESSES]
     missing = [n for n in names if not (folder / n).is_file()]
     if missing:
         raise ChassisError(f"{folder} lacks {', '.join(missing)}: point to a corpora folder, or fetch one")
@@ -160,7 +156,7 @@ def read_corpora(folder: str | Path, split: str) -> dict[str, list[str]]:
         # Number 19 of every 20 is left out here too, so that one rule holds for every domain.
         math_documents = _split(_problems(raw["gsm8k_train.jsonl"]), split)
     return {
-        "prose": _split(wiki, split) + _split(_addresses(raw["state_of_the_union.txt"]), split),
+        "prose": _split(wiki, split) + _split(_addresses(raw[ADDRESSES]), split),
         "math": math_documents,
         "verse": _split(_scenes(raw["tinyshakespeare.txt"]), split),
     }
@@ -176,11 +172,12 @@ def llama_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """
     special = ["<unk>", "<s>", "</s>"]
     byte_tokens = [f"<0x{b:02X}>" for b in range(256)]
-    splitter = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first"), pre_tokenizers.Digits(individual_digits=True)]
-    )
+    spaces = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never")
+    # Prepended always: Metaspace's own "first" drops the leading space of a text that has one.
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    splitter = pre_tokenizers.Sequence([spaces, pre_tokenizers.Digits(individual_digits=True)])
     learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = splitter
+    learner.normalizer, learner.pre_tokenizer = normalizer, splitter
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(special) - len(byte_tokens), limit_alphabet=110, show_progress=False
     )
@@ -197,7 +194,7 @@ def llama_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
             fuse_unk=True,
         )
     )
-    tokenizer.pre_tokenizer = splitter
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -282,7 +279,7 @@ PLANS = {
         Plan("pocket-base", {"prose": 1.0, "math": 0.1}, steps=3000, shape=_LLAMA),
         Plan("pocket-math", {"math": 1.0}, steps=700, start="pocket-base", lr=1e-3),
         Plan("pocket-shakespeare", {"verse": 1.0}, steps=300, start="pocket-base", lr=1e-3),
-        Plan("pocket-phi", {"prose": 0.35, "math": 1.0}, steps=1500, family="phi", vocab_size=6144, shape=_PHI),
+        Plan("pocket-phi", {"prose": 0.35, "math": 1.0}, steps=1000, family="phi", vocab_size=6144, shape=_PHI),
     )
 }
 
@@ -299,22 +296,13 @@ def documents(corpora: dict[str, list[str]], mixture: dict[str, float]) -> list[
 
 def _build(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     torch.manual_seed(plan.seed)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    options = {"max_position_embeddings": 2 * CONTEXT, "tie_word_embeddings": False} | ids | plan.shape
     if plan.family == "phi":
-        # Rows beyond the tokenizer and the two biases are Phi-2's own habits, kept as traps on purpose.
+        # Rows beyond the tokenizer and a head with a bias are Phi-2's own habits, kept as traps on purpose.
         padded = math.ceil((len(tokenizer) + 1) / 128) * 128
-        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        return PhiForCausalLM(PhiConfig(vocab_size=padded, max_position_embeddings=2 * CONTEXT, **ids, **plan.shape))
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            max_position_embeddings=2 * CONTEXT,
-            tie_word_embeddings=False,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **plan.shape,
-        )
-    )
+        return PhiForCausalLM(PhiConfig(vocab_size=padded, **options))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **options))
 
 
 def _stream(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> torch.Tensor:
@@ -350,6 +338,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """Move every parameter along its orthogonalised momentum."""
         for group in self.param_groups:
             shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
             for p in group["params"]:
@@ -426,13 +415,6 @@ def bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, te
     return total_bits / total_bytes
 
 
-def _replace_file(value: object, path: Path) -> None:
-    """Write with `torch.save` under a temporary name, then replace: a kill never leaves half a file."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(value, temporary)
-    os.replace(temporary, path)
-
-
 def train(
     plan: Plan,
     corpora: dict[str, dict[str, list[str]]],
@@ -459,9 +441,12 @@ def train(
         ChassisError: the starting model is not there, or the corpora are too short.
     """
     out = Path(out_dir)
+    torch.set_flush_denormal(True)  # tiny gradients are many times slower on a CPU
     final, work = out / plan.name, out / f".{plan.name}.work"
     if (final / "training.json").exists():
         return final
+    if final.exists():
+        raise ChassisError(f"{final} exists and was not finished by this recipe: move it away")
     work.mkdir(parents=True, exist_ok=True)
     texts = documents(corpora["train"], plan.mixture)
     if plan.start is not None:
@@ -480,6 +465,8 @@ def train(
     checkpoint = work / "checkpoint.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
+        if saved["plan"] != asdict(plan):
+            raise ChassisError(f"{work} holds the checkpoint of another plan for {plan.name}: delete it to start anew")
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -491,7 +478,7 @@ def train(
 
     step_loss = torch.compile(loss_of) if compiled else loss_of
     stream = _stream(tokenizer, texts)
-    held_out = {d: corpora["val"][d][:40] for d in plan.mixture}
+    held_out = {d: corpora["val"][d][:40] for d in plan.mixture if corpora["val"][d]}
     batches = _windows(stream, plan)
     for _ in range(start):
         next(batches)
@@ -514,16 +501,13 @@ def train(
             running = []
             seconds += time.monotonic() - clock
             clock = time.monotonic()
-            _replace_file(
-                {
-                    "model": model.state_dict(),
-                    "optimizers": [o.state_dict() for o in optimizers],
-                    "step": step + 1,
-                    "history": history,
-                    "seconds": seconds,
-                },
-                checkpoint,
-            )
+            state = {
+                "plan": asdict(plan),
+                "model": model.state_dict(),
+                "optimizers": [o.state_dict() for o in optimizers],
+            }
+            torch.save(state | {"step": step + 1, "history": history, "seconds": seconds}, work / "checkpoint.tmp")
+            os.replace(work / "checkpoint.tmp", checkpoint)
             tqdm.write(json.dumps(history[-1]))
 
     finished = work / "model"
@@ -534,3 +518,65 @@ def train(
     os.replace(finished, final)
     shutil.rmtree(work)
     return final
+
+
+def publish(out_dir: str | Path, corpora: dict[str, list[str]], package: str | Path) -> dict[str, dict[str, float]]:
+    """Measure finished models on the test split, write their cards, and copy them into the package.
+
+    Args:
+        out_dir: where `train` put them.
+        corpora: domain -> documents of the test split; this is the one place that reads it.
+        package: folder for the finished model folders.
+
+    Returns:
+        model -> domain -> bits per byte, also written into each model's `training.json` as `test`.
+
+    Raises:
+        ChassisError: a model is not there.
+    """
+    figures: dict[str, dict[str, float]] = {}
+    for name in PLANS:
+        folder = Path(out_dir) / name
+        if not (folder / "training.json").is_file():
+            raise ChassisError(f"{folder} is not a finished model: train {name} first")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        figures[name] = {domain: round(bits_per_byte(model, tokenizer, texts), 4) for domain, texts in corpora.items()}
+    for name, plan in PLANS.items():
+        temporary, final = Path(package) / f".{name}.tmp", Path(package) / name
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(Path(out_dir) / name, temporary)
+        report = json.loads((temporary / "training.json").read_text()) | {"test": figures[name]}
+        (temporary / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+        (temporary / "README.md").write_text(_card(plan, report, figures["pocket-base"]))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    return figures
+
+
+def _card(plan: Plan, report: dict, base: dict[str, float]) -> str:
+    """A model card whose every figure comes from the training report."""
+    read = ", ".join(f"{share:.0%} of the {domain} documents" for domain, share in plan.mixture.items())
+    kind = f"`{plan.start}` fine-tuned" if plan.start else f"{plan.family.capitalize()} architecture, from scratch"
+    rows = "\n".join(f"| {domain} | {value:.3f} | {base[domain]:.3f} |" for domain, value in report["test"].items())
+    return f"""---
+license: cc-by-sa-4.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {plan.name}
+
+A toy language model for trying CHASSIS without a network: {kind}, {report["tokens"]:,} tokens in {plan.steps:,} steps
+({report["seconds"] / 60:.0f} minutes on a CPU), read from {read}. It writes fluent nonsense; use it for nothing else.
+
+| held-out text | bits per byte | pocket-base |
+|---|---|---|
+{rows}
+
+Held-out: documents that no model was trained on (Wikipedia articles of WikiText-2 and presidential addresses; the
+GSM8K test problems; scenes of Shakespeare), windows of {CONTEXT} tokens. Rare words are missing from WikiText-2 and so
+from these figures.
+
+Training text: WikiText-2 (CC BY-SA), State of the Union addresses (public domain), GSM8K (MIT), Tiny Shakespeare
+(public domain). Made by `chassis_utils.recipe`; settings and course in `training.json`.
+"""

@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
@@ -20,26 +20,21 @@ import pandas as pd
 
 from .errors import ChassisError
 
-FIELDS = (
-    *("experiment", "notebook", "base", "expert", "method", "rank", "layer", "split", "probes"),
-    *("metric", "value", "seed", "n", "reported", "git", "versions", "revision", "time"),
+FIELDS = tuple(
+    "experiment notebook base expert method rank layer split probes metric value seed n reported".split()
+    + "git versions revision time".split()
 )
-METRICS = (
-    *("kl", "recovered", "top1_agreement", "bits_per_byte", "coverage"),
-    *("undecided", "total_variation", "seconds", "ratio"),
-)
+METRICS = tuple("kl recovered top1_agreement bits_per_byte coverage undecided total_variation seconds ratio".split())
 SPLITS = ("train", "val", "test", "template", "text")
 #: The order of the book. A name that is not here comes after these, by alphabet.
-EXPERIMENTS = (
-    *("exact_adapter", "global_hidden_alignment", "projected_hidden_alignment", "layerwise_tuned_lens"),
-    *("final_adapter_rank_sweep", "multi_layer_rank_sweep", "stacked_adapters", "hidden_to_hidden"),
-    *("gradient_refinement", "comparison", "stress_test", "logit_bias_expert", "same_tokenizer_expert"),
-    *("generate_and_rescore", "vocab_bridge_stage_a", "vocab_bridge_stage_b", "vocab_bridge_stage_c"),
-    *("vocab_bridge_exact", "semantic_bridges", "best_adapter", "against_training", "port"),
+EXPERIMENTS = tuple(
+    "exact_adapter global_hidden_alignment projected_hidden_alignment layerwise_tuned_lens final_adapter_rank_sweep "
+    "multi_layer_rank_sweep stacked_adapters hidden_to_hidden gradient_refinement comparison stress_test "
+    "logit_bias_expert same_tokenizer_expert generate_and_rescore vocab_bridge_stage_a vocab_bridge_stage_b "
+    "vocab_bridge_stage_c vocab_bridge_exact semantic_bridges best_adapter against_training port".split()
 )
 FILE = "results.jsonl"
 _INTEGERS = ("rank", "layer", "seed", "n")
-_NUMBERS = (*_INTEGERS, "value", "reported")
 #: What tells one measurement from another.
 _NAMES = tuple(f for f in FIELDS[:13] if f != "value")
 
@@ -47,7 +42,12 @@ _NAMES = tuple(f for f in FIELDS[:13] if f != "value")
 @contextmanager
 def locked(path: Path, busy: str | None = None) -> Iterator[int]:
     """Hold the lock file `path`; wait for it, or with `busy` refuse with that message. Yields its descriptor."""
-    with path.open("a") as handle:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("a")
+    except OSError as error:
+        raise ChassisError(f"cannot write to {path.parent} ({error.strerror}): choose another folder") from error
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError:
@@ -88,57 +88,48 @@ def _missing(value: Any) -> bool:
 
 
 def _number(name: str, value: Any, row: dict[str, Any]) -> int | float | None:
-    """A plain finite number from a Python, numpy or torch scalar; a count must be whole.
-
-    Raises:
-        ChassisError: anything else, naming the row.
-    """
-    if value is None or (name != "value" and _missing(value)):
+    """A plain finite number from a Python, numpy or torch scalar; a count must be whole, only `value` must be there."""
+    if name != "value" and _missing(value):
         return None
     try:
-        plain = value.item() if hasattr(value, "item") else value
-    except (ValueError, RuntimeError):
-        plain = value
-    if isinstance(plain, bool) or not isinstance(plain, int | float) or not math.isfinite(plain):
-        raise ChassisError(f"{name} is not a finite number ({plain!r}): mend or leave out the row {_label(row)}")
-    if name in _INTEGERS and plain != int(plain):
-        raise ChassisError(f"{name} is not a whole number ({plain!r}): mend the row {_label(row)}")
-    return int(plain) if name in _INTEGERS else plain
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number) or (name in _INTEGERS and number % 1):
+        kind = "whole" if name in _INTEGERS else "finite"
+        raise ChassisError(f"{name} is not a {kind} number ({value!r}): mend or leave out the row {_label(row)}")
+    return int(number) if name in _INTEGERS else number
 
 
-def _frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def _frame(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame(list(rows), columns=list(FIELDS))
     return frame.astype(dict.fromkeys(_INTEGERS, "Int64") | {"value": float, "reported": float})
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
     """Rows of a records file, or ChassisError."""
-    advice, rows = "delete it and run `chassis run` again", []
     if not path.is_file():
         raise ChassisError(f"no records at {path}: run `chassis run` first")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ChassisError(f"cannot read the records {path} ({type(error).__name__}): {advice}") from error
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        try:
-            # Python reads NaN and Infinity, which are no JSON and never written here: float("x") refuses them.
-            row = json.loads(line, parse_constant=lambda _: float("x"))
-        except ValueError:
-            row = None
-        if row is None or not line.endswith("\n"):
-            raise ChassisError(f"{path} line {number} is half-written or no JSON: {advice}")
-        if not isinstance(row, dict) or set(row) != set(FIELDS):
-            raise ChassisError(f"{path} line {number} has another layout than this version writes: {advice}")
-        rows.append(row)
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        known = all(row.keys() == set(FIELDS) for row in rows)
+    except (ValueError, AttributeError):
+        known = False
+    if not known:
+        raise ChassisError(f"{path} is half-written or by another version: delete it and `chassis run` again")
     return rows
 
 
-def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     order = {name: i for i, name in enumerate(EXPERIMENTS)}
     rows = sorted(rows, key=lambda r: (order.get(r["experiment"], len(order)), r["experiment"], r["notebook"]))
+    replace_text(path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in rows))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that whoever reads it meanwhile sees the old one or the new one whole."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(r, allow_nan=False) + "\n" for r in rows), encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -149,7 +140,7 @@ def read_records(path_or_dir: str | Path) -> pd.DataFrame:
         ChassisError: the file is missing, half-written or of another layout.
     """
     path = Path(path_or_dir)
-    return _frame(_read(path / FILE if path.is_dir() or path.suffix != ".jsonl" else path))
+    return _frame(_read(path if path.suffix == ".jsonl" else path / FILE))
 
 
 def forget(out_dir: str | Path, notebook: str) -> None:
@@ -169,15 +160,8 @@ class Records:
         `revision` among them holds the weight hashes, as `{"base": ..., "expert": ...}`.
         """
         self.path = Path(out_dir) / FILE
-        own = {"experiment": experiment, "notebook": notebook}
-        self._defaults = dict.fromkeys(FIELDS) | own | self._known(defaults)
+        self._defaults = dict.fromkeys(FIELDS) | {"experiment": experiment, "notebook": notebook} | defaults
         self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-
-    @staticmethod
-    def _known(fields: dict[str, Any]) -> dict[str, Any]:
-        if unknown := sorted(set(fields) - set(FIELDS)):
-            raise ChassisError(f"unknown record field {', '.join(unknown)}: choose from {', '.join(FIELDS)}")
-        return fields
 
     def add(self, *, metric: str, value: Any, method: str, **fields: Any) -> None:
         """Add one measurement; `fields` (`split`, `rank`, `layer`, `n`, `reported`, ...) override the defaults.
@@ -185,20 +169,20 @@ class Records:
         Raises:
             ChassisError: unknown field, metric or split; a figure that is not a finite number.
         """
-        row = self._defaults | self._known(fields) | {"metric": metric, "value": value, "method": method}
+        row = self._defaults | fields | {"metric": metric, "value": value, "method": method}
+        if unknown := sorted(set(row) - set(FIELDS)):
+            raise ChassisError(f"unknown record field {', '.join(unknown)}: choose from {', '.join(FIELDS)}")
         row |= provenance() | {"time": datetime.now(UTC).isoformat(timespec="seconds")}
         for name, allowed in (("metric", METRICS), ("split", (None, *SPLITS))):
             if row[name] not in allowed:
                 raise ChassisError(f"unknown {name} {row[name]!r}: choose from {', '.join(filter(None, allowed))}")
-        row |= {name: _number(name, row[name], row) for name in _NUMBERS}
-        if row["value"] is None:
-            raise ChassisError(f"value is missing in the row {_label(row)}")
+        row |= {name: _number(name, row[name], row) for name in (*_INTEGERS, "value", "reported")}
         self._rows[tuple(row[name] for name in _NAMES)] = row
 
     def add_frame(
         self,
         frame: pd.DataFrame,
-        metrics: Sequence[str] = ("kl", "recovered", "top1_agreement", "bits_per_byte"),
+        metrics: Sequence[str] = METRICS[:4],
         reported: Callable[[pd.Series], float | None] | None = None,
     ) -> None:
         """Add the wide rows of `evaluate`, one record a metric; a figure that is NaN there is left out.
@@ -219,15 +203,11 @@ class Records:
     def save(self) -> pd.DataFrame:
         """Replace this experiment's rows of this notebook in the file, atomically; return them."""
         own = (self._defaults["experiment"], self._defaults["notebook"])
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with locked(self.path.with_name(".results.lock")):
-                others = _read(self.path) if self.path.exists() else []
-                others = [r for r in others if (r["experiment"], r["notebook"]) != own]
-                _write(self.path, [*others, *self._rows.values()])
-        except OSError as error:
-            raise ChassisError(f"cannot write {self.path} ({error.strerror}): choose another folder") from error
-        return _frame(list(self._rows.values()))
+        with locked(self.path.with_name(".results.lock")):
+            others = _read(self.path) if self.path.exists() else []
+            others = [r for r in others if (r["experiment"], r["notebook"]) != own]
+            _write(self.path, [*others, *self._rows.values()])
+        return _frame(self._rows.values())
 
 
 def same(a: pd.DataFrame, b: pd.DataFrame) -> list[str]:
@@ -237,18 +217,18 @@ def same(a: pd.DataFrame, b: pd.DataFrame) -> list[str]:
     """
 
     def rows(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
-        return {_label(r): {k: None if _missing(v) else v for k, v in r.items()} for r in frame.to_dict("records")}
+        found = {}
+        for row in frame.to_dict("records"):
+            timing = row["metric"] in ("seconds", "ratio")
+            names = ("value", "reported", "versions", "revision")[timing:]
+            found[_label(row)] = {name: None if _missing(row[name]) else row[name] for name in names}
+        return found
 
     left, right = rows(a), rows(b)
     found = [f"only in the first: {k}" for k in left if k not in right]
     found += [f"only in the second: {k}" for k in right if k not in left]
-    for label in (k for k in left if k in right):
-        timing = left[label]["metric"] in ("seconds", "ratio")
-        for name in ("value", "reported", "versions", "revision"):
-            one, two = left[label][name], right[label][name]
-            if one != two and not (timing and name == "value"):
-                found.append(f"{label}: {name} {one} against {two}")
-    return found
+    both = [(k, name, one, right[k][name]) for k in left if k in right for name, one in left[k].items()]
+    return found + [f"{k}: {name} {one} against {two}" for k, name, one, two in both if one != two]
 
 
 def reported(experiment: str) -> dict[str, Any] | list[dict[str, Any]]:

@@ -28,6 +28,7 @@ class Gram:
 
     @classmethod
     def zeros(cls, p: int, q: int, device: torch.device | str = "cpu") -> Gram:
+        """No rows yet."""
         shapes = ((p,), (q,), (p, p), (p, q))
         return cls(0, *(torch.zeros(s, dtype=torch.float64, device=device) for s in shapes))
 
@@ -47,7 +48,9 @@ class Gram:
         for start in range(0, len(x), BLOCK):
             a, b = x[start : start + BLOCK].double(), y[start : start + BLOCK].double()
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-                raise ChassisError(f"rows {start} to {start + len(a) - 1} hold NaN or infinity: harvest again in float32")
+                raise ChassisError(
+                    f"rows {start} to {start + len(a) - 1} hold NaN or infinity: harvest again in float32"
+                )
             self.n += len(a)
             self.x += a.sum(0)
             self.y += b.sum(0)
@@ -93,7 +96,9 @@ def ridge(gram: Gram, lam: float = 1e-3) -> tuple[torch.Tensor, torch.Tensor]:
             f"{gram.n} rows for {p} dimensions (effective rank {effective_rank(covariance):.1f}): the fit interpolates",
             stacklevel=3,
         )
-    factor, info = torch.linalg.cholesky_ex(covariance + lam * torch.eye(p, dtype=torch.float64, device=covariance.device))
+    factor, info = torch.linalg.cholesky_ex(
+        covariance + lam * torch.eye(p, dtype=torch.float64, device=covariance.device)
+    )
     # Without a penalty, rounding may let a singular matrix through with a last pivot of its own size.
     pivots = factor.diagonal() ** 2
     lost = p * torch.finfo(torch.float64).eps * gram.xx.diagonal().max()
@@ -103,7 +108,9 @@ def ridge(gram: Gram, lam: float = 1e-3) -> tuple[torch.Tensor, torch.Tensor]:
     return weight, (gram.y - gram.x @ weight) / gram.n
 
 
-def low_rank(weight: torch.Tensor, metric: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def low_rank(
+    weight: torch.Tensor, metric: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Factors of `weight (p, q)` whose first r columns are its best rank-r approximation, for every r.
 
     Without a metric that is the SVD. With the covariance `C (p, p)` of x it is reduced-rank regression: the

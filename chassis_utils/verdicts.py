@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from .errors import ChassisError
-from .records import locked, read_records
+from .records import locked, read_records, replace_text
 
 FILE = "verdicts.json"
 HELD_OUT = ("test", "template", "text")
@@ -107,11 +106,17 @@ def write(run_dir: str | Path) -> list[Verdict]:
     frame = read_records(folder)
     verdicts = [judge(frame, name) for name in RULES if (frame["experiment"] == name).any()]
     with locked(folder / ".results.lock"):
-        temporary = folder / f".{FILE}.tmp"
         told = {v.experiment: {k: x for k, x in asdict(v).items() if k != "experiment"} for v in verdicts}
-        temporary.write_text(json.dumps(told, indent=1, default=str) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / FILE)
+        replace_text(folder / FILE, json.dumps(told, indent=1, default=str) + "\n")
     return verdicts
+
+
+def _layers(e: Evidence, least: int = 1) -> list[int]:
+    """Layers of the study's own method, ascending; LookupError if they are fewer than `least`."""
+    layers = sorted(e.frame.loc[e.frame["method"] == "as_reported", "layer"].dropna().unique())
+    if len(layers) < least:
+        raise LookupError(f"no as_reported at {least} layers or more")
+    return layers
 
 
 @rule(
@@ -140,9 +145,9 @@ def _(e: Evidence) -> str:
 @rule(
     "projected_hidden_alignment",
     "Aligning hidden states in a random projection fails (KL above 10), so a linear map is not enough.",
-    "Holds if the map without the projection is worse than no adapter too; an artefact of the projection if the projected "
-    "map is worse than no adapter on test while the difference of hidden states, fitted on the same data, recovers "
-    "at least 0.9.",
+    "Holds if the map without the projection is worse than no adapter too; an artefact of the projection if the "
+    "projected map is worse than no adapter on test while the difference of hidden states, fitted on the same data, "
+    "recovers at least 0.9.",
 )
 def _(e: Evidence) -> str:
     projected = e.all("recovered", "as_reported", split="test")[0]
@@ -159,9 +164,8 @@ def _(e: Evidence) -> str:
     "an artefact of memorised templates if the median layer exceeds that on both.",
 )
 def _(e: Evidence) -> str:
-    own = e.all("kl", "as_reported", split="test")
-    other = [e.all("kl", "as_reported", split=s) for s in ("template", "text")]
-    ratios = [sorted(x / y for x, y in zip(values, own, strict=True)) for values in other]
+    kl = {s: [e.all("kl", "as_reported", split=s, layer=layer)[0] for layer in _layers(e)] for s in HELD_OUT}
+    ratios = [sorted(x / y for x, y in zip(kl[s], kl["test"], strict=True)) for s in ("template", "text")]
     if all(r[-1] <= 5 for r in ratios):
         return "holds"
     return "artefact" if all(r[len(r) // 2] > 5 for r in ratios) else "open"
@@ -191,7 +195,7 @@ def _(e: Evidence) -> str:
     "adapter on test while the difference to the base's own logits, from the same layer and data, is better than none.",
 )
 def _(e: Evidence) -> str:
-    middle = sorted(e.frame.loc[e.frame["method"] == "as_reported", "layer"].dropna().unique())[:-1]
+    middle = _layers(e, least=2)[:-1]
     v1 = [max(e.all("recovered", "as_reported", split="test", layer=layer)) for layer in middle]
     mended = [max(e.all("recovered", "rrr", split="test", layer=layer)) for layer in middle]
     if max(mended) < 0:

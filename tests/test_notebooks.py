@@ -1,0 +1,115 @@
+"""Every notebook of the book, run small with papermill on the bundled models, and the book built from them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_book_pages import ROOT, browser, needs_browser
+
+from chassis_utils import read_records
+from chassis_utils.batch import Profile, build_book, load_profile, run
+from chassis_utils.records import same
+from chassis_utils.verdicts import RULES
+
+__all__ = ["browser"]
+SMALL = {"n_train": 256}
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    """The project in a folder of its own, every notebook executed."""
+    root = tmp_path_factory.mktemp("project")
+    for name in ("_config.yml", "_toc.yml", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, root)
+    shutil.copytree(ROOT / "book", root / "book", ignore=shutil.ignore_patterns("run"))
+    shutil.copytree(ROOT / "notebooks", root / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    profile = load_profile("pocket", root / "notebooks" / "profiles.yml")
+    run([], profile, SMALL, progress=False)
+    return profile
+
+
+@pytest.fixture(scope="module")
+def records(profile: Profile) -> pd.DataFrame:
+    return read_records(profile.run_dir)
+
+
+def test_every_notebook_is_published(profile: Profile) -> None:
+    published = {path.stem for path in profile.run_dir.glob("*.ipynb")}
+    assert published == set(profile.notebooks) == {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+
+
+def test_notebooks_are_short(profile: Profile) -> None:
+    for stem in profile.notebooks:
+        cells = json.loads((ROOT / "notebooks" / f"{stem}.ipynb").read_text())["cells"]
+        assert len(cells) <= 20, stem
+
+
+def test_every_kl_has_its_identity_baseline(records: pd.DataFrame) -> None:
+    keys = ["experiment", "expert", "split", "probes"]
+    kl = records[records["metric"] == "kl"]
+    bare = kl[kl["method"] == "identity"].groupby(keys)["value"].count()
+    for key in kl.groupby(keys).groups:
+        assert bare.get(key) == 1, f"no identity baseline for {key}"
+
+
+def test_every_experiment_has_a_verdict_that_rests_on_records(profile: Profile, records: pd.DataFrame) -> None:
+    verdicts = json.loads((profile.run_dir / "verdicts.json").read_text())
+    assert set(verdicts) == set(RULES) == set(records["experiment"])
+    values = set(records["value"])
+    for name, verdict in verdicts.items():
+        assert verdict["verdict"] in ("holds", "artefact", "open")
+        assert verdict["rows"], f"{name} rests on nothing"
+        assert {row["value"] for row in verdict["rows"]} <= values
+
+
+def test_the_study_is_quoted_beside_its_reproduction(records: pd.DataFrame) -> None:
+    quoted = records[records["reported"].notna()]
+    assert set(quoted["method"]) <= {"as_reported", "exact"}
+    assert {"projected_hidden_alignment", "layerwise_tuned_lens", "multi_layer_rank_sweep"} <= set(quoted["experiment"])
+
+
+def test_a_second_run_gives_the_same_records(profile: Profile, records: pd.DataFrame, tmp_path: Path) -> None:
+    stem = "05_multi_layer_sweep"
+    run([stem], profile, SMALL, out_dir=tmp_path, progress=False)
+    again = read_records(tmp_path)
+    assert same(records[records["notebook"] == stem], again) == []
+
+
+@pytest.fixture(scope="module")
+def site(profile: Profile) -> Path:
+    return build_book(profile).parent
+
+
+def plots_of(notebook: Path) -> int:
+    cells = json.loads(notebook.read_text())["cells"]
+    outputs = [o.get("data", {}) for cell in cells for o in cell.get("outputs", [])]
+    return sum("application/vnd.plotly.v1+json" in data for data in outputs)
+
+
+def test_the_book_builds_without_a_warning(site: Path, profile: Profile) -> None:
+    for stem in profile.notebooks:
+        assert (site / "book" / "run" / "pocket" / f"{stem}.html").is_file()
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_pages_are_whole_in_a_browser(site: Path, profile: Profile, browser: object, width: int) -> None:
+    pages = {f"book/run/pocket/{stem}": plots_of(profile.run_dir / f"{stem}.ipynb") for stem in profile.notebooks}
+    pages["book/index"] = 1
+    context = browser.new_context(viewport={"width": width, "height": 844})
+    context.set_default_timeout(60_000)
+    faults: list[str] = []
+    for name, plots in pages.items():
+        page = context.new_page()
+        page.on("pageerror", lambda error, name=name: faults.append(f"{name}: {error}"))
+        page.on("request", lambda request, name=name: request.url.startswith("http") and faults.append(request.url))
+        page.goto((site / f"{name}.html").as_uri())
+        page.wait_for_function(f"document.querySelectorAll('.chassis-plot[data-drawn]').length === {plots}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} scrolls sideways at {width}"
+        page.close()
+    context.close()
+    assert not faults

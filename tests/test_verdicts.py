@@ -1,0 +1,245 @@
+"""Verdicts: each rule on records made by hand, what flips it, what leaves it open, and what is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import refused
+
+from chassis_utils import Records, read_records
+from chassis_utils.records import forget
+from chassis_utils.verdicts import RULES, Verdict, judge, write
+
+HELD_OUT = ("test", "template", "text")
+#: One measurement by its names, as (metric, method, split, layer, rank).
+Key = tuple[str, str, str, int | None, int | None]
+Figures = dict[Key, float]
+
+
+def recovered(method: str, split: str, value: float, layer: int | None = None, rank: int | None = None) -> Figures:
+    return {("recovered", method, split, layer, rank): value}
+
+
+def exact() -> Figures:
+    return {("kl", m, s, None, None): v for s in HELD_OUT for m, v in (("exact", 1e-9), ("identity", 0.5))}
+
+
+def alignment() -> Figures:
+    """By rank; only the full map, the last, counts."""
+    figures: Figures = {}
+    for split in HELD_OUT:
+        figures |= recovered("as_reported", split, 0.2, rank=4) | recovered("as_reported", split, 0.95, rank=64)
+    return figures
+
+
+def projected() -> Figures:
+    figures = recovered("as_reported", "test", -20.0)
+    return figures | recovered("hidden", "test", -3.0, rank=4) | recovered("hidden", "test", -0.5, rank=64)
+
+
+def lenses() -> Figures:
+    scale = {"test": 1.0, "template": 2.0, "text": 4.0}
+    return {
+        ("kl", "as_reported", s, layer, None): x * 0.01 * (layer + 1) for s, x in scale.items() for layer in (0, 1, 2)
+    }
+
+
+def sweep() -> Figures:
+    figures: Figures = {}
+    for split in HELD_OUT:
+        figures |= recovered("as_reported", split, 0.1, rank=4) | recovered("as_reported", split, 0.97, rank=128)
+    return figures | recovered("v1_text", "text", 0.03, rank=128) | recovered("rrr_text", "text", 0.4, rank=128)
+
+
+def middle() -> Figures:
+    """Layers 2 and 4 are the middle, 6 is the last and does not count."""
+    figures: Figures = {}
+    for layer, v1, mended in ((2, -8.0, -0.3), (4, -6.0, -0.1), (6, 0.9, 0.95)):
+        for rank in (4, 16):
+            figures |= recovered("as_reported", "test", v1 - 1 / rank, layer, rank)
+            figures |= recovered("rrr", "test", mended - 1 / rank, layer, rank)
+    return figures
+
+
+HOLDING: dict[str, Callable[[], Figures]] = {
+    "exact_adapter": exact,
+    "global_hidden_alignment": alignment,
+    "projected_hidden_alignment": projected,
+    "layerwise_tuned_lens": lenses,
+    "final_adapter_rank_sweep": sweep,
+    "multi_layer_rank_sweep": middle,
+}
+T = ("recovered", "as_reported")
+#: Experiment, verdict, the records that differ from those that hold.
+CHANGES: list[tuple[str, str, Figures]] = [
+    ("exact_adapter", "holds", {("kl", "exact", "text", None, None): 4.9e-7}),
+    ("exact_adapter", "artefact", {("kl", "exact", "text", None, None): 1e-3}),
+    ("global_hidden_alignment", "artefact", {(*T, "text", None, 64): 0.4}),
+    ("global_hidden_alignment", "artefact", {(*T, "template", None, 64): 0.89}),
+    ("global_hidden_alignment", "open", {(*T, "test", None, 64): 0.4}),
+    ("global_hidden_alignment", "holds", {(*T, "test", None, 4): -5.0}),
+    ("projected_hidden_alignment", "artefact", {("recovered", "hidden", "test", None, 64): 0.95}),
+    ("projected_hidden_alignment", "open", {("recovered", "hidden", "test", None, 64): 0.5}),
+    ("layerwise_tuned_lens", "open", {("kl", "as_reported", "text", 1, None): 3.0}),
+    (
+        "layerwise_tuned_lens",
+        "artefact",
+        {("kl", "as_reported", split, layer, None): 3.0 for split in ("template", "text") for layer in (0, 1)},
+    ),
+    ("layerwise_tuned_lens", "open", {("kl", "as_reported", "text", layer, None): 3.0 for layer in (0, 1, 2)}),
+    ("final_adapter_rank_sweep", "artefact", {(*T, "text", None, 128): -0.2}),
+    ("final_adapter_rank_sweep", "artefact", {(*T, "template", None, 128): 0.5}),
+    (
+        "final_adapter_rank_sweep",
+        "open",
+        {(*T, "text", None, 128): 0.5, ("recovered", "v1_text", "text", None, 128): 0.2},
+    ),
+    (
+        "final_adapter_rank_sweep",
+        "open",
+        {(*T, "text", None, 128): -0.2, ("recovered", "rrr_text", "text", None, 128): -0.4},
+    ),
+    ("final_adapter_rank_sweep", "holds", {(*T, "text", None, 4): -9.0}),
+    (
+        "multi_layer_rank_sweep",
+        "artefact",
+        {("recovered", "rrr", "test", layer, 16): 0.6 for layer in (2, 4)},
+    ),
+    ("multi_layer_rank_sweep", "open", {("recovered", "rrr", "test", 4, 16): 0.6}),
+    (
+        "multi_layer_rank_sweep",
+        "open",
+        {("recovered", "rrr", "test", layer, 16): 0.6 for layer in (2, 4)} | {(*T, "test", 2, 4): 0.1},
+    ),
+]
+
+
+def record(folder: Path, experiment: str, figures: Figures, **defaults: object) -> None:
+    records = Records(folder, experiment=experiment, notebook=experiment, **{"base": "b", "expert": "e"} | defaults)
+    for (metric, method, split, layer, rank), value in figures.items():
+        records.add(metric=metric, method=method, split=split, layer=layer, rank=rank, value=value, probes="made up")
+    records.save()
+
+
+def test_every_rule_is_tried_here() -> None:
+    assert set(HOLDING) == set(RULES)
+    assert {(name, verdict) for name, verdict, _ in CHANGES} >= {(name, "artefact") for name in RULES}
+
+
+@pytest.mark.parametrize("experiment", HOLDING)
+def test_a_claim_that_the_figures_bear_out_holds(tmp_path: Path, experiment: str) -> None:
+    record(tmp_path, experiment, HOLDING[experiment]())
+    verdict = judge(tmp_path, experiment)
+    assert (verdict.experiment, verdict.verdict) == (experiment, "holds")
+    assert verdict.claim and verdict.rule and verdict.rows
+    assert judge(read_records(tmp_path), experiment) == judge(tmp_path / "results.jsonl", experiment) == verdict
+
+
+@pytest.mark.parametrize(("experiment", "wanted", "change"), CHANGES)
+def test_a_verdict_follows_its_records(tmp_path: Path, experiment: str, wanted: str, change: Figures) -> None:
+    figures = HOLDING[experiment]()
+    assert change.keys() <= figures.keys()
+    record(tmp_path, experiment, figures | change)
+    assert judge(tmp_path, experiment).verdict == wanted
+
+
+@pytest.mark.parametrize("experiment", HOLDING)
+def test_a_verdict_without_its_measurements_is_open_and_says_which_lack(tmp_path: Path, experiment: str) -> None:
+    figures = HOLDING[experiment]()
+    record(tmp_path, experiment, figures)
+    rule = judge(tmp_path, experiment).rule
+    if experiment == "final_adapter_rank_sweep":
+        figures["recovered", "as_reported", "text", None, 128] = -0.2  # now it must look at the real expert too
+    for metric, method, split in sorted({key[:3] for key in figures}):
+        left = {key: value for key, value in figures.items() if key[:3] != (metric, method, split)}
+        folder = tmp_path / f"{method}-{split}"
+        record(folder, experiment, left or {("kl", "unrelated", "val", None, None): 1.0})
+        verdict = judge(folder, experiment)
+        assert verdict.verdict == "open", (metric, method, split)
+        said = verdict.rule.removeprefix(rule)
+        assert method in said
+        # A method that is there, but not for this split, needs all three names to be found.
+        assert (metric in said and split in said) or not any(key[1] == method for key in left), said
+
+
+def test_a_lens_measured_on_one_probe_set_only_leaves_the_verdict_open(tmp_path: Path) -> None:
+    figures = lenses()
+    del figures["kl", "as_reported", "text", 1, None]
+    record(tmp_path, "layerwise_tuned_lens", figures)
+    assert judge(tmp_path, "layerwise_tuned_lens").verdict == "open"
+
+
+def test_lenses_are_compared_layer_by_layer(tmp_path: Path) -> None:
+    figures = {("kl", "as_reported", s, layer, None): 10.0**layer for s in HELD_OUT for layer in (0, 1, 2)}
+    backwards = dict(sorted(figures.items(), key=lambda item: -item[0][3] if item[0][2] == "text" else 0))
+    for folder, rows in (("in-order", figures), ("backwards", backwards)):
+        record(tmp_path / folder, "layerwise_tuned_lens", rows)
+        assert judge(tmp_path / folder, "layerwise_tuned_lens").verdict == "holds", folder
+
+
+def test_a_sweep_of_the_last_layer_alone_says_nothing_of_the_middle(tmp_path: Path) -> None:
+    figures = {key: value for key, value in middle().items() if key[3] == 6}
+    record(tmp_path, "multi_layer_rank_sweep", figures)
+    assert judge(tmp_path, "multi_layer_rank_sweep").verdict == "open"
+
+
+def test_other_experiments_do_not_count(tmp_path: Path) -> None:
+    record(tmp_path, "exact_adapter", exact())
+    record(tmp_path, "port", {key: 7.0 for key in exact()})
+    assert judge(tmp_path, "exact_adapter").verdict == "holds"
+    assert judge(tmp_path, "final_adapter_rank_sweep").verdict == "open"
+
+
+def test_an_experiment_without_a_rule_is_refused(tmp_path: Path) -> None:
+    record(tmp_path, "exact_adapter", exact())
+    with refused("exact_adaptor", "exact_adapter"):
+        judge(tmp_path, "exact_adaptor")
+    with refused("no records"):
+        judge(tmp_path / "elsewhere", "exact_adapter")
+    with refused("no records"):
+        write(tmp_path / "elsewhere")
+
+
+def test_every_experiment_recorded_is_written_with_rows_of_the_records(tmp_path: Path) -> None:
+    record(tmp_path, "port", exact())  # no rule decides it
+    names = list(HOLDING)[:4]
+    for name in names:
+        record(tmp_path, name, HOLDING[name]())
+    verdicts = write(tmp_path)
+    told = json.loads((tmp_path / "verdicts.json").read_text())
+    assert sorted(told) == sorted(v.experiment for v in verdicts) == sorted(names)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    for name, verdict in told.items():
+        assert verdict["verdict"] == judge(tmp_path, name).verdict == "holds"
+        assert verdict["rows"]
+        for row in verdict["rows"]:
+            alike = [r for r in rows if r["experiment"] == name and all(r[k] == v for k, v in row.items())]
+            assert len(alike) == 1, row
+            assert {"metric", "method", "split", "value"} <= set(row)
+    forget(tmp_path, names[0])
+    write(tmp_path)
+    assert sorted(json.loads((tmp_path / "verdicts.json").read_text())) == sorted(names[1:])
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
+    record(tmp_path, "exact_adapter", exact())
+    write(tmp_path)
+    with (tmp_path / "verdicts.json").open() as reader:
+        record(tmp_path, "final_adapter_rank_sweep", sweep())
+        write(tmp_path)
+        # The open file is still the old one, whole: the new one took its name and not its place.
+        assert list(json.loads(reader.read())) == ["exact_adapter"]
+    assert len(json.loads((tmp_path / "verdicts.json").read_text())) == 2
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_html_shows_names_as_text(tmp_path: Path) -> None:
+    record(tmp_path, "exact_adapter", exact(), expert="<script>alert('&')</script>")
+    shown = judge(tmp_path, "exact_adapter")._repr_html_()
+    assert "<script" not in shown and "&lt;script&gt;" in shown and "&amp;" in shown
+    assert "holds" in shown
+    page = Verdict("exact_adapter", "open", "<b>claim</b>", "a < b & c", [])._repr_html_()
+    assert "<b>claim" not in page and "&lt;b&gt;claim" in page and "a &lt; b &amp; c" in page
