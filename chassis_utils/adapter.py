@@ -315,12 +315,7 @@ def _ridge(a: Activations, layer: int, lam: float) -> Adapter:
 def _rrr(a: Activations, layer: int, lam: float) -> Adapter:
     """Difference to base logits, all columns; lower ranks optimal for the fitted error."""
     full, shift, gram = difference(a, layer, lam)
-    return _recentred(a, layer, full, shift, gram)
-
-
-def _recentred(a: Activations, layer: int, full: torch.Tensor, shift: torch.Tensor, gram: Gram, **kind) -> Adapter:
-    """Factors in the data's metric, all nested; their bias is that of the full map."""
-    return _adapter(a, layer, low_rank(full, gram.covariance), shift, **kind)
+    return _adapter(a, layer, low_rank(full, gram.covariance), shift)
 
 
 @method("lens")
@@ -371,7 +366,8 @@ def _hidden(a: Activations, layer: int, lam: float) -> Adapter:
     """Difference of the hidden states themselves, read by the base's head; lower ranks in the data's metric."""
     _same_size(a)
     gram = Gram.of(a.layer(layer), a.expert_hidden - a.hidden[a.final])
-    return _recentred(a, layer, *ridge(gram, lam), gram, space="hidden")
+    weight, bias = ridge(gram, lam)
+    return _adapter(a, layer, low_rank(weight, gram.covariance), bias, space="hidden")
 
 
 @method("aligned")

@@ -148,13 +148,9 @@ def harvest(
     ids, num_bytes = tokenize(base, probes)
     if isinstance(expert, LanguageModel):
         if expert.tokenizer_hash != base.tokenizer_hash:
-            raise ChassisError(
-                f"{expert.name} and {base.name} have different tokenizers: an expert like that needs a bridge"
-            )
+            raise ChassisError(f"{expert.name} and {base.name} have different tokenizers: that takes a bridge")
         if tokenize(expert, probes)[0] != ids:
-            raise ChassisError(
-                f"{expert.name} and {base.name} cut the prompts into other tokens: check the beginning-of-text token"
-            )
+            raise ChassisError(f"{expert.name} and {base.name} cut prompts into other tokens: check the first token")
     elif expert.readout is not base.readout and not torch.equal(expert.readout.weight, base.readout.weight):
         raise ChassisError(f"{expert.name} was drawn for another base than {base.name}: draw one with from_base")
     run = _Run(probes, ids, positions, batch_tokens, padding, None if out_dir is None else _make(out_dir), progress)
@@ -164,9 +160,8 @@ def harvest(
         expert_hidden = run.collect(expert, [expert.num_layers])[f"hidden.{expert.num_layers}"]
     else:
         expert_hidden = expert.transform(states[final].to(base.device)).cpu()
-    return Activations(
-        base, expert, probes, positions, states, expert_hidden, part["prompt"], part["next_token"], num_bytes
-    )
+    rows = part["prompt"], part["next_token"]
+    return Activations(base, expert, probes, positions, states, expert_hidden, *rows, num_bytes)
 
 
 def harvest_splits(
@@ -296,15 +291,11 @@ def tokenize(model: LanguageModel, probes: Probes) -> tuple[list[list[int]], int
                 f"prompt {n} of '{probes.name}' has {len(ids)} tokens, {model.name} takes {model.context}: shorten it"
             )
         if not ids or max(ids) >= rows:
-            raise ChassisError(
-                f"prompt {n} of '{probes.name}' has no token, or one beyond the embedding of {model.name}"
-            )
+            raise ChassisError(f"prompt {n} of '{probes.name}' has no token, or one that {model.name} does not have")
         start = missing = 0
         if ids[0] not in model.tokenizer.all_special_ids:
             if not fast:
-                raise ChassisError(
-                    f"{model.name}: a slow tokenizer without a beginning-of-text token gives no byte counts"
-                )
+                raise ChassisError(f"{model.name}: its slow tokenizer begins no text and gives no byte counts")
             start = encoded["offset_mapping"][n][0][1]
             first = model.tokenizer.convert_ids_to_tokens(ids[0])
             # Offsets count characters; a byte-level token may be a part of one, and has one letter a byte.

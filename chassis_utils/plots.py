@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import plotly.io as pio
 
 from chassis_utils.errors import ChassisError
 from chassis_utils.records import SPLITS
@@ -75,6 +76,7 @@ template = go.layout.Template(layout={
     "modebar": {"remove": ["pan", "select", "lasso", "zoomIn", "zoomOut", "autoScale", "sendChartToCloud"],
                 "bgcolor": "rgba(0,0,0,0)", "color": "#9AA0A6", "activecolor": "#767676"},
 })
+pio.templates["chassis"] = template
 
 
 def style(method: str) -> tuple[str, str, str, str]:

@@ -24,16 +24,9 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as TokenizerBase
+from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from .errors import ChassisError
 
@@ -80,7 +73,7 @@ def fetch_corpora(folder: str | Path) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             text = addresses() if name == ADDRESSES else hub(HUB_SOURCES[name])
         except Exception as error:
-            reason = " ".join(str(error).split())[:80]
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
             raise ChassisError(f"could not fetch {name} ({reason}): give a folder that holds the corpora") from error
         temporary = folder / f".{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
@@ -90,13 +83,9 @@ def fetch_corpora(folder: str | Path) -> Path:
 
 def _wiki_articles(text: str) -> list[str]:
     """Undo wikitext's tokenization and cut at article titles (` = Title = `)."""
-    text = re.sub(r" ?<unk>", "", text)
-    text = re.sub(r" @([-,.])@ ", r"\1", text)
-    text = re.sub(r" ([.,;:!?%)\]'’])", r"\1", text)
-    text = re.sub(r"([(\[$£]) ", r"\1", text)
-    text = re.sub(r'" ([^"\n]*?) "', r'"\1"', text)
-    text = re.sub(r" n't\b", "n't", text)
-    text = re.sub(r"[ \t]+", " ", text)
+    undo = ((r" ?<unk>", ""), (r" @([-,.])@ ", r"\1"), (r" ([.,;:!?%)\]'’])", r"\1"), (r"([(\[$£]) ", r"\1"))
+    for pattern, instead in (*undo, (r'" ([^"\n]*?) "', r'"\1"'), (r" n't\b", "n't"), (r"[ \t]+", " ")):
+        text = re.sub(pattern, instead, text)
     parts = re.split(r"(?m)^ (?== [^=])", text)
     articles = []
     for part in parts:
@@ -165,7 +154,7 @@ def read_corpora(folder: str | Path, split: str) -> dict[str, list[str]]:
 # ---------------------------------------------------------------------------------------- tokenizers
 
 
-def llama_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def llama_tokenizer(texts: Iterable[str], vocab_size: int) -> FastTokenizer:
     """SentencePiece-style BPE: "▁" for a space, `<0xNN>` byte fallback, single digits, as TinyLlama's.
 
     Newlines are kept out of the training text, so they fall back to `<0x0A>` as they do in Llama.
@@ -178,41 +167,24 @@ def llama_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     splitter = pre_tokenizers.Sequence([spaces, pre_tokenizers.Digits(individual_digits=True)])
     learner = Tokenizer(models.BPE())
     learner.normalizer, learner.pre_tokenizer = normalizer, splitter
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(special) - len(byte_tokens), limit_alphabet=110, show_progress=False
-    )
+    size = vocab_size - len(special) - len(byte_tokens)
+    trainer = trainers.BpeTrainer(vocab_size=size, limit_alphabet=110, show_progress=False)
     learner.train_from_iterator((line for text in texts for line in text.split("\n")), trainer)
     learned = json.loads(learner.to_str())["model"]
     pieces = sorted(learned["vocab"], key=learned["vocab"].get)
     vocab = {token: i for i, token in enumerate([*special, *byte_tokens, *pieces])}
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=vocab,
-            merges=[tuple(m) for m in learned["merges"]],
-            byte_fallback=True,
-            unk_token="<unk>",
-            fuse_unk=True,
-        )
-    )
+    merges = [tuple(m) for m in learned["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocab["<s>"])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="</s>",
-        model_max_length=2 * CONTEXT,
-        clean_up_tokenization_spaces=False,
-    )
+    opening = {"single": "<s> $A", "pair": "<s> $A <s> $B"}
+    tokenizer.post_processor = processors.TemplateProcessing(**opening, special_tokens=[("<s>", vocab["<s>"])])
+    return _wrap(tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>")
 
 
-def gpt2_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def gpt2_tokenizer(texts: Iterable[str], vocab_size: int) -> FastTokenizer:
     """GPT-2's byte-level BPE with one special token and no pad token, as Phi-2's."""
     end = "<|endoftext|>"
     tokenizer = Tokenizer(models.BPE())
@@ -226,14 +198,12 @@ def gpt2_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=end,
-        eos_token=end,
-        unk_token=end,
-        model_max_length=2 * CONTEXT,
-        clean_up_tokenization_spaces=False,
-    )
+    return _wrap(tokenizer, bos_token=end, eos_token=end, unk_token=end)
+
+
+def _wrap(tokenizer: Tokenizer, **special: str) -> FastTokenizer:
+    limits = {"model_max_length": 2 * CONTEXT, "clean_up_tokenization_spaces": False}
+    return FastTokenizer(tokenizer_object=tokenizer, **limits, **special)
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -264,13 +234,8 @@ class Plan:
     seed: int = 0
 
 
-_LLAMA = {
-    "hidden_size": 192,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "intermediate_size": 512,
-}
+_LLAMA = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 512}
+_LLAMA |= {"num_key_value_heads": 2}
 _PHI = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6, "intermediate_size": 768}
 
 PLANS = {
@@ -294,7 +259,7 @@ def documents(corpora: dict[str, list[str]], mixture: dict[str, float]) -> list[
     return chosen
 
 
-def _build(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _build(plan: Plan, tokenizer: TokenizerBase) -> PreTrainedModel:
     torch.manual_seed(plan.seed)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     options = {"max_position_embeddings": 2 * CONTEXT, "tie_word_embeddings": False} | ids | plan.shape
@@ -305,7 +270,7 @@ def _build(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **options))
 
 
-def _stream(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> torch.Tensor:
+def _stream(tokenizer: TokenizerBase, texts: list[str]) -> torch.Tensor:
     """All documents as one row of ids, each opened by the beginning-of-text token."""
     ids: list[int] = []
     for text in texts:
@@ -371,10 +336,8 @@ def _optimizers(model: PreTrainedModel, lr: float) -> list[torch.optim.Optimizer
     head = {id(model.get_output_embeddings().weight), id(model.get_input_embeddings().weight)}
     matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in head]
     others = [p for p in model.parameters() if p.ndim != 2 or id(p) in head]
-    return [
-        Muon(matrices, lr=lr),
-        torch.optim.AdamW(others, lr=lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True),
-    ]
+    adam = torch.optim.AdamW(others, lr=lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+    return [Muon(matrices, lr=lr), adam]
 
 
 def _rate(step: int, steps: int) -> float:
@@ -385,7 +348,7 @@ def _rate(step: int, steps: int) -> float:
     return 1.0 if step < half else (steps - step) / (steps - half)
 
 
-def bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> float:
+def bits_per_byte(model: PreTrainedModel, tokenizer: TokenizerBase, texts: list[str]) -> float:
     """Bits per byte of whole documents, windows of 256 tokens, each token with at least 128 before it.
 
     The first window of a document starts at its beginning, so its early tokens have less.
@@ -453,7 +416,7 @@ def train(
         source = out / plan.start
         if not (source / "config.json").exists():
             raise ChassisError(f"{plan.name} starts from {plan.start}: train that first (looked in {out})")
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+        tokenizer = FastTokenizer.from_pretrained(source)
         model = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
     else:
         build = gpt2_tokenizer if plan.family == "phi" else llama_tokenizer
@@ -501,12 +464,9 @@ def train(
             running = []
             seconds += time.monotonic() - clock
             clock = time.monotonic()
-            state = {
-                "plan": asdict(plan),
-                "model": model.state_dict(),
-                "optimizers": [o.state_dict() for o in optimizers],
-            }
-            torch.save(state | {"step": step + 1, "history": history, "seconds": seconds}, work / "checkpoint.tmp")
+            state = {"plan": asdict(plan), "step": step + 1, "history": history, "seconds": seconds}
+            state |= {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+            torch.save(state, work / "checkpoint.tmp")
             os.replace(work / "checkpoint.tmp", checkpoint)
             tqdm.write(json.dumps(history[-1]))
 
@@ -540,7 +500,7 @@ def publish(out_dir: str | Path, corpora: dict[str, list[str]], package: str | P
         if not (folder / "training.json").is_file():
             raise ChassisError(f"{folder} is not a finished model: train {name} first")
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer = FastTokenizer.from_pretrained(folder)
         figures[name] = {domain: round(bits_per_byte(model, tokenizer, texts), 4) for domain, texts in corpora.items()}
     for name, plan in PLANS.items():
         temporary, final = Path(package) / f".{name}.tmp", Path(package) / name

@@ -210,27 +210,6 @@ class Records:
         return _frame(self._rows.values())
 
 
-def same(a: pd.DataFrame, b: pd.DataFrame) -> list[str]:
-    """Differences between two sets of records, one line each; none if equal.
-
-    `time` and `git` may differ, and so may the values of `seconds` and `ratio`.
-    """
-
-    def rows(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
-        found = {}
-        for row in frame.to_dict("records"):
-            timing = row["metric"] in ("seconds", "ratio")
-            names = ("value", "reported", "versions", "revision")[timing:]
-            found[_label(row)] = {name: None if _missing(row[name]) else row[name] for name in names}
-        return found
-
-    left, right = rows(a), rows(b)
-    found = [f"only in the first: {k}" for k in left if k not in right]
-    found += [f"only in the second: {k}" for k in right if k not in left]
-    both = [(k, name, one, right[k][name]) for k in left if k in right for name, one in left[k].items()]
-    return found + [f"{k}: {name} {one} against {two}" for k, name, one, two in both if one != two]
-
-
 def reported(experiment: str) -> dict[str, Any] | list[dict[str, Any]]:
     """The study's figures for one experiment, as published (TinyLlama-1.1B-Chat, one consumer GPU).
 

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import transformers as tf
 
 from chassis_utils import Activations, ChassisError, LanguageModel, Probes, SyntheticExpert, harvest, load
 from chassis_utils.recipe import llama_tokenizer
+from chassis_utils.records import _label, _missing
 
 VOCAB = 400
 WORDS = [
@@ -136,3 +138,24 @@ def synthetic(base: LanguageModel) -> SyntheticExpert:
 def fresh(folders: dict[str, Path]) -> LanguageModel:
     """A copy of `base` that a test may damage."""
     return load(str(folders["base"]), device="cpu")
+
+
+def same(a: pd.DataFrame, b: pd.DataFrame) -> list[str]:
+    """Differences between two sets of records, one line each; none if equal.
+
+    `time` and `git` may differ, and so may the values of `seconds` and `ratio`.
+    """
+
+    def rows(frame: pd.DataFrame) -> dict[str, dict[str, object]]:
+        found = {}
+        for row in frame.to_dict("records"):
+            timing = row["metric"] in ("seconds", "ratio")
+            names = ("value", "reported", "versions", "revision")[timing:]
+            found[_label(row)] = {name: None if _missing(row[name]) else row[name] for name in names}
+        return found
+
+    left, right = rows(a), rows(b)
+    found = [f"only in the first: {k}" for k in left if k not in right]
+    found += [f"only in the second: {k}" for k in right if k not in left]
+    both = [(k, name, one, right[k][name]) for k in left if k in right for name, one in left[k].items()]
+    return found + [f"{k}: {name} {one} against {two}" for k, name, one, two in both if one != two]

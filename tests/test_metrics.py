@@ -63,7 +63,7 @@ def test_blocks_and_harvested_activations_change_nothing(
     a = harvest(base, expert, unseen, progress=False)
     both = evaluate(base, expert, [adapter], [unseen, a])
     for part in (both[:2], both[2:]):
-        assert part.kl.tolist() == pytest.approx(table.kl.tolist(), rel=1e-9)
+        assert part.kl.tolist() == pytest.approx(table.kl.tolist(), rel=1e-6)  # logits are float32
 
 
 def test_nothing_is_recovered_where_nothing_was_lost(base: LanguageModel, unseen: Probes) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import same
 from test_book_pages import ROOT, browser, needs_browser
 
 from chassis_utils import read_records
 from chassis_utils.batch import Profile, build_book, load_profile, run
-from chassis_utils.records import same
 from chassis_utils.verdicts import RULES
 
 __all__ = ["browser"]

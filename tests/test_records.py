@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import same
 
 from chassis_utils.errors import ChassisError
-from chassis_utils.records import FIELDS, Records, forget, read_records, reported, same
+from chassis_utils.records import FIELDS, Records, forget, read_records, reported
 
 
 def sweep(
