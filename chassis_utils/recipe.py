@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -468,7 +469,7 @@ def train(
             state |= {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
             torch.save(state, work / "checkpoint.tmp")
             os.replace(work / "checkpoint.tmp", checkpoint)
-            tqdm.write(json.dumps(history[-1]))
+            tqdm.write(json.dumps(history[-1]), file=sys.stderr)
 
     finished = work / "model"
     model.half().save_pretrained(finished)
