@@ -76,7 +76,7 @@ class Adapter:
         Raises:
             ChassisError: rank 0 or below, or above what was fitted.
         """
-        if not 1 <= rank <= self.rank:
+        if not (isinstance(rank, int) and 1 <= rank <= self.rank):
             raise ChassisError(
                 f"rank {rank} is outside 1..{self.rank}, what this {self.method} adapter was fitted with"
             )

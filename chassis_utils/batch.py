@@ -132,6 +132,8 @@ def _plan(notebooks: Sequence[str], profile: Profile, settings: Mapping[str, Any
         for key, value in values.items():
             if not _fits(value, declared[key]):
                 raise ChassisError(f"{key}={value!r} does not fit {stem}: give something like {declared[key]!r}")
+            if key in ("n_train", "ranks") and min(value if isinstance(value, list) else [value]) < 1:
+                raise ChassisError(f"{key}={value!r}: numbers of prompts and ranks begin at 1")
         plan[stem] = values | dict.fromkeys({"out_dir"} & {*declared})
         unused -= {*declared}
     if unused:

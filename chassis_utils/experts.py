@@ -81,6 +81,6 @@ def load_expert(spec: str, base: LanguageModel, seed: int = 0) -> LanguageModel 
         value = float(strength or 1)
     except ValueError:
         value = math.nan
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise ChassisError(f"expert '{spec}': after 'synthetic:' give a positive strength, as in synthetic:8")
     return SyntheticExpert.from_base(base, strength=value, seed=seed)

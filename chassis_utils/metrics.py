@@ -53,6 +53,8 @@ def evaluate(
     """
     adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
     sets = [probes] if isinstance(probes, Probes | Activations) else list(probes)
+    if not sets:
+        raise ChassisError("no probes to evaluate on: give at least one set")
     for one in adapters:
         one.check_base(base)
     layers = sorted({a.layer for a in adapters} | {base.num_layers})

@@ -222,10 +222,10 @@ def _hash(*tensors: torch.Tensor | None) -> str:
 
 def _source(name: str) -> str:
     """Folder or hub id of a name, or one clear line."""
-    if (POCKET / name / "config.json").is_file():
+    if name in bundled():
         return str(POCKET / name)
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ChassisError(f"{name} has no config.json: it is not a model folder")
         if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
@@ -233,7 +233,8 @@ def _source(name: str) -> str:
         return str(folder)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
-    raise ChassisError(f"no model '{name}': bundled are {', '.join(bundled())}; otherwise give a folder or a hub id")
+    known = ", ".join(bundled())
+    raise ChassisError(f"no model '{name}' and no such folder: bundled are {known}; or give a folder or hub id")
 
 
 def load(

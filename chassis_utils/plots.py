@@ -9,11 +9,10 @@ from __future__ import annotations
 import html
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
@@ -307,31 +306,6 @@ def bars(frame: pd.DataFrame, title: str = "Share of the identity KL recovered",
                    bargap=0.25, height=max(420, 130 + 22 * len(splits) * len(said)), showlegend=True,
                    xaxis={"tickformat": ".0%", "range": [low - 0.02, 1.08], "title_text": "0% is the base alone"},
                    yaxis={"autorange": "reversed", "categoryarray": splits, "showgrid": False})
-
-
-def spectrum(values_by_name: Mapping[str, Sequence[float]], reported: Mapping[str, Sequence[float]] | None = None,
-             title: str = "Singular values", alt: str | None = None) -> go.Figure:
-    """Singular values by place, largest first, log scale; `reported` are the study's, hollow; long ones are thinned.
-
-    Raises:
-        ChassisError: no values, or values that are not finite and at least 0.
-    """
-    figure, said = go.Figure(), []
-    pairs = [(name, name, given) for name, given in values_by_name.items()]
-    for name, key, given in pairs + [(name, "reported", given) for name, given in (reported or {}).items()]:
-        values = np.sort(np.asarray(given, dtype=float).ravel())[::-1]
-        if not values.size or not (values >= 0).all():
-            raise ChassisError(f"the spectrum of {name!r} is empty, negative or not a number: pass singular values")
-        place = np.unique(np.geomspace(1, values.size, 120).round().astype(int))
-        label, colour, marker, dash = style(key)
-        label = label if key == name else f"{style(name)[0]}, {label}"
-        figure.add_scatter(x=place.tolist(), y=[value or None for value in _numbers(values[place - 1])], name=label,
-                           mode="lines" if key == name else "markers", meta=[key], line={"color": colour, "dash": dash},
-                           marker_symbol=marker,
-                           hovertemplate="<b>%{fullData.name}</b><br>singular value %{x}: %{y:.3g}<extra></extra>")
-        said.append(f"{label} from {_figures(values[0])} down to {_figures(values[-1])}")
-    return _finish(figure, title, alt or f"Singular values, log scale: {'; '.join(said)}.", showlegend=True,
-                   xaxis_title_text="place", yaxis={"type": "log", "title_text": "singular value"})
 
 
 @dataclass

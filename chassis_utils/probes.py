@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from .errors import ChassisError
+from .records import SPLITS
 
 TEXTS = Path(__file__).parent / "texts"
 
@@ -45,6 +46,8 @@ class Probes:
     prompts: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ChassisError(f"no split '{self.split}': choose from {', '.join(SPLITS)}")
         if isinstance(self.prompts, str):
             raise ChassisError(f"the prompts of '{self.name}' are one string: give a tuple of strings")
         if not self.prompts:

@@ -195,6 +195,8 @@ class Records:
         names = [c for c in frame.columns if c in FIELDS]
         for _, row in frame.iterrows():
             fields = {c: row[c] for c in names if not _missing(row[c])}
+            if "base_revision" in row:
+                fields["revision"] = {"base": row["base_revision"], "expert": row["expert_revision"]}
             for metric in metrics:
                 if not _missing(row[metric]):
                     figure = reported(row) if reported and metric == "kl" else None

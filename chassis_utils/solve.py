@@ -87,8 +87,8 @@ def ridge(gram: Gram, lam: float = 1e-3) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ChassisError: lam is negative, or the system is singular (lam too small for these rows).
     """
-    if not lam >= 0:
-        raise ChassisError(f"lam = {lam}: give zero or more")
+    if not 0 <= lam < float("inf"):
+        raise ChassisError(f"lam = {lam}: give a finite number of at least zero")
     covariance = gram.covariance
     p = len(covariance)
     if gram.n <= p:

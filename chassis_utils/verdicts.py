@@ -111,60 +111,74 @@ def write(run_dir: str | Path) -> list[Verdict]:
     return verdicts
 
 
-def _layers(e: Evidence, least: int = 1) -> list[int]:
-    """Layers of the study's own method, ascending; LookupError if they are fewer than `least`."""
-    layers = sorted(e.frame.loc[e.frame["method"] == "as_reported", "layer"].dropna().unique())
-    if len(layers) < least:
-        raise LookupError(f"no as_reported at {least} layers or more")
-    return layers
+def _top(e: Evidence, method: str, split: str, **where: object) -> float:
+    """Recovered share of a method at the largest rank it was recorded with."""
+    rows = e.frame[(e.frame["method"] == method) & (e.frame["split"] == split)]
+    return e.all("recovered", method, split=split, rank=rows["rank"].max(), **where)[0]
+
+
+def _inner_layers(e: Evidence) -> list[int]:
+    """Layers of the study's own method below the deepest recorded, ascending; LookupError if there are none."""
+    layers = sorted(e.frame["layer"].dropna().unique())
+    inner = [x for x in layers[:-1] if x in set(e.frame.loc[e.frame["method"] == "as_reported", "layer"])]
+    if not inner:
+        raise LookupError("no as_reported below the deepest layer")
+    return inner
 
 
 @rule(
     "exact_adapter",
     "A low-rank adapter can make the base equal to the expert.",
-    "Holds if the exact adapter leaves at most a millionth of the identity KL on every held-out split.",
+    "Holds if on every held-out split both the expert's own factors and the adapter solved at their rank leave at "
+    "most a millionth of the identity KL; an artefact if the factors leave more than half of it on one; otherwise "
+    "open.",
 )
 def _(e: Evidence) -> str:
-    pairs = [(e.all("kl", "exact", split=s)[0], e.all("kl", "identity", split=s)[0]) for s in HELD_OUT]
-    return "holds" if all(kl <= 1e-6 * identity for kl, identity in pairs) else "artefact"
+    rank = e.frame.loc[e.frame["method"] == "exact", "rank"].max()
+    splits = ("val", *HELD_OUT)
+    identity = {s: e.all("kl", "identity", split=s)[0] for s in splits}
+    given, solved = ([e.all("kl", m, split=s, rank=rank)[0] / identity[s] for s in splits] for m in ("exact", "hidden"))
+    if max(given + solved) <= 1e-6:
+        return "holds"
+    return "artefact" if max(given) > 0.5 else "open"
 
 
 @rule(
     "global_hidden_alignment",
-    "One ridge map takes the base's hidden state to the expert's.",
-    "Holds if the full map, fitted on templates, recovers at least 0.9 of the identity KL on every held-out split; an "
-    "artefact of the probes if it does so on the templates it was fitted on but not elsewhere.",
+    "One ridge map takes the base's hidden state to the expert's (the study gave no figure).",
+    "Holds if the map of largest rank, fitted on templates, recovers at least 0.9 of the identity KL on every held- "
+    "out split; an artefact of the templates if it does so on test but not on the others; otherwise open.",
 )
 def _(e: Evidence) -> str:
-    shares = {s: e.all("recovered", "as_reported", split=s, rank=e.frame["rank"].max())[0] for s in HELD_OUT}
-    if min(shares.values()) >= 0.9:
+    shares = [_top(e, "as_reported", s) for s in HELD_OUT]
+    if min(shares) >= 0.9:
         return "holds"
-    return "artefact" if shares["test"] >= 0.9 else "open"
+    return "artefact" if shares[0] >= 0.9 else "open"
 
 
 @rule(
     "projected_hidden_alignment",
-    "Aligning hidden states in a random projection fails (KL above 10), so a linear map is not enough.",
-    "Holds if the map without the projection is worse than no adapter too; an artefact of the projection if the "
-    "projected map is worse than no adapter on test while the difference of hidden states, fitted on the same data, "
-    "recovers at least 0.9.",
+    "Aligning hidden states inside a random projection fails (KL above 10).",
+    "Holds, as a failure of linear alignment, if the same ridge without the projection is worse than no adapter on "
+    "test; an artefact of the projection if the projected map is worse than no adapter on every held-out split "
+    "while the ridge without it, of largest rank, recovers at least 0.9 on each; otherwise open.",
 )
 def _(e: Evidence) -> str:
-    projected = e.all("recovered", "as_reported", split="test")[0]
-    full = max(e.all("recovered", "hidden", split="test"))
-    if projected < 0 and full >= 0.9:
-        return "artefact"
-    return "holds" if full < 0 else "open"
+    projected, whole = ([_top(e, m, s) for s in HELD_OUT] for m in ("as_reported", "aligned"))
+    if whole[0] < 0:
+        return "holds"
+    return "artefact" if max(projected) < 0 and min(whole) >= 0.9 else "open"
 
 
 @rule(
     "layerwise_tuned_lens",
     "A ridge lens reads the expert's prediction from every layer (KL 0.002 to 0.23 on test).",
-    "Holds if on unseen templates and real text each lens stays within five times its KL on the study's own templates; "
-    "an artefact of memorised templates if the median layer exceeds that on both.",
+    "Judged below the last layer, where a synthetic expert is a linear image of the state and any lens is exact. "
+    "Holds if on unseen templates and on real text every lens stays within five times its KL on test; an artefact "
+    "of memorised templates if the median lens exceeds that on both; otherwise open.",
 )
 def _(e: Evidence) -> str:
-    kl = {s: [e.all("kl", "as_reported", split=s, layer=layer)[0] for layer in _layers(e)] for s in HELD_OUT}
+    kl = {s: [e.all("kl", "as_reported", split=s, layer=layer)[0] for layer in _inner_layers(e)] for s in HELD_OUT}
     ratios = [sorted(x / y for x, y in zip(kl[s], kl["test"], strict=True)) for s in ("template", "text")]
     if all(r[-1] <= 5 for r in ratios):
         return "holds"
@@ -173,31 +187,33 @@ def _(e: Evidence) -> str:
 
 @rule(
     "final_adapter_rank_sweep",
-    "The final-layer adapter approaches the expert as its rank grows (KL 0.095 to 0.009).",
-    "Holds if at its largest rank v1 recovers at least 0.9 of the identity KL on every held-out split; an artefact of "
-    "synthetic expert and templates if it recovers less than a tenth on real text or for a real expert while the same "
-    "data, fitted on the difference in all columns, recovers more than v1 there.",
+    "The final-layer adapter v1 approaches the expert as its rank grows (KL 0.095 to 0.009).",
+    "All at the largest rank. Holds if v1 recovers at least 0.9 of the identity KL on every held-out split. An "
+    "artefact, of the columns it keeps, if v1 recovers less than a tenth both of the synthetic expert on test and, "
+    "fitted on real text, of a real expert on other real text, while the difference in all columns, fitted on the "
+    "same data, recovers more in both places. Otherwise open.",
 )
 def _(e: Evidence) -> str:
-    top = e.frame.loc[e.frame["method"] == "as_reported", "rank"].max()
-    shares = [e.all("recovered", "as_reported", split=s, rank=top)[0] for s in HELD_OUT]
-    if min(shares) >= 0.9:
+    if min(_top(e, "as_reported", s) for s in HELD_OUT) >= 0.9:
         return "holds"
-    worst = min(shares[2], *e.all("recovered", "v1_text", split="text"))
-    better = max(e.all("recovered", "rrr_text", split="text"))
-    return "artefact" if worst < 0.1 and better > worst else "open"
+    v1 = _top(e, "as_reported", "test"), _top(e, "v1_text", "text")
+    mended = _top(e, "rrr", "test"), _top(e, "rrr_text", "text")
+    return "artefact" if max(v1) < 0.1 and all(b > a for a, b in zip(v1, mended, strict=True)) else "open"
 
 
 @rule(
     "multi_layer_rank_sweep",
     "Middle layers hurt: adapters there end at KL above 5.",
-    "Holds if a middle layer is worse than no adapter however it is fitted; an artefact if v1 there is worse than no "
-    "adapter on test while the difference to the base's own logits, from the same layer and data, is better than none.",
+    "All at the largest rank, at every middle layer. Holds if the difference to the base's own logits, fitted on "
+    "real text, is worse than no adapter on other real text. An artefact if v1 is worse than no adapter on every "
+    "held-out split while that difference is better than none on test (fitted on the same prompts as v1) and on "
+    "real text (fitted on other real text). Otherwise open.",
 )
 def _(e: Evidence) -> str:
-    middle = _layers(e, least=2)[:-1]
-    v1 = [max(e.all("recovered", "as_reported", split="test", layer=layer)) for layer in middle]
-    mended = [max(e.all("recovered", "rrr", split="test", layer=layer)) for layer in middle]
-    if max(mended) < 0:
+    layers = _inner_layers(e)
+    v1 = [_top(e, "as_reported", s, layer=layer) for s in HELD_OUT for layer in layers]
+    test = [_top(e, "rrr", "test", layer=layer) for layer in layers]
+    text = [_top(e, "rrr_text", "text", layer=layer) for layer in layers]
+    if max(text) < 0:
         return "holds"
-    return "artefact" if max(v1) < 0 and min(mended) > 0 else "open"
+    return "artefact" if max(v1) < 0 and min(test + text) > 0 else "open"

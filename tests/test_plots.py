@@ -150,8 +150,7 @@ def colours(figure: go.Figure) -> dict[str, str]:
 def test_a_method_keeps_its_colour_in_every_figure() -> None:
     frame = grid()
     figures = [plots.kl_vs_rank(frame, REPORTED), plots.kl_vs_depth(frame), plots.bars(frame),
-               plots.kl_vs_rank(frame[frame["method"].isin(["brand_new", "identity"])]),
-               plots.spectrum({method: [3, 2, 1] for method in FULL})]
+               plots.kl_vs_rank(frame[frame["method"].isin(["brand_new", "identity"])])]
     seen: dict[str, str] = {}
     for figure in figures:
         for method, colour in colours(figure).items():
@@ -200,12 +199,6 @@ def test_bars_tell_the_true_share_of_a_bar_that_is_cut_and_choose_on_val() -> No
     assert bar.x[1] == -1 and bar.text[1] == "-5,870%" and bar.customdata[1][0] == 40
     assert plots.bars(frame, rank=8).data[0].customdata[1][0] == 0.001
     assert plots.bars(frame).layout.shapes[0].x0 == 0
-
-
-def test_spectrum_keeps_both_ends_and_thins_the_rest() -> None:
-    trace = plots.spectrum({"v1": range(1, 5001)}, {"v1": [28938.0, 1.0]}).data
-    assert (trace[0].x[0], trace[0].y[0], trace[0].x[-1], trace[0].y[-1]) == (1, 5000, 5000, 1)
-    assert len(trace[0].x) <= 120 and trace[1].y == (28938, 1) and trace[1].marker.symbol == "diamond-open"
 
 
 def test_the_table_holds_the_study_the_reproduction_the_correction_and_the_identity() -> None:
@@ -262,7 +255,6 @@ def test_choices_that_were_not_measured_are_refused() -> None:
             (lambda: plots.kl_vs_rank(frame.query("rank == 4").assign(rank=None)), "no row has a rank"),
             (lambda: plots.kl_vs_rank(frame[frame["method"] == "identity"]), "no row has a rank"),
             (lambda: plots.kl_vs_rank(frame, REPORTED.drop(columns="kl")), "lacks the columns kl"),
-            (lambda: plots.bars(frame, rank=5), "no row of method 'rrr' at rank 5"),
-            (lambda: plots.spectrum({"v1": [1, math.nan]}), "not a number")):
+            (lambda: plots.bars(frame, rank=5), "no row of method 'rrr' at rank 5")):
         with pytest.raises(ChassisError, match=message):
             call()

@@ -24,7 +24,11 @@ def recovered(method: str, split: str, value: float, layer: int | None = None, r
 
 
 def exact() -> Figures:
-    return {("kl", m, s, None, None): v for s in HELD_OUT for m, v in (("exact", 1e-9), ("identity", 0.5))}
+    figures: Figures = {}
+    for split in ("val", *HELD_OUT):
+        figures |= {("kl", "exact", split, None, 6): 1e-9, ("kl", "hidden", split, None, 6): 2e-8}
+        figures |= {("kl", "hidden", split, None, 3): 0.1, ("kl", "identity", split, None, None): 0.5}
+    return figures
 
 
 def alignment() -> Figures:
@@ -36,31 +40,39 @@ def alignment() -> Figures:
 
 
 def projected() -> Figures:
-    figures = recovered("as_reported", "test", -20.0)
-    return figures | recovered("hidden", "test", -3.0, rank=4) | recovered("hidden", "test", -0.5, rank=64)
+    figures: Figures = {}
+    for split in HELD_OUT:
+        figures |= recovered("as_reported", split, -20.0, rank=8)
+        figures |= recovered("aligned", split, -3.0, rank=4) | recovered("aligned", split, -0.5, rank=64)
+    return figures
 
 
 def lenses() -> Figures:
+    """Layer 3 is the last and does not count."""
     scale = {"test": 1.0, "template": 2.0, "text": 4.0}
-    return {
+    figures = {
         ("kl", "as_reported", s, layer, None): x * 0.01 * (layer + 1) for s, x in scale.items() for layer in (0, 1, 2)
     }
+    return figures | {("kl", "as_reported", s, 3, None): 10.0 ** -len(s) for s in HELD_OUT}
 
 
 def sweep() -> Figures:
     figures: Figures = {}
     for split in HELD_OUT:
         figures |= recovered("as_reported", split, 0.1, rank=4) | recovered("as_reported", split, 0.97, rank=128)
-    return figures | recovered("v1_text", "text", 0.03, rank=128) | recovered("rrr_text", "text", 0.4, rank=128)
+    figures |= recovered("v1_text", "text", 0.03, rank=128) | recovered("rrr_text", "text", 0.4, rank=128)
+    return figures | recovered("rrr", "test", 0.99, rank=128)
 
 
 def middle() -> Figures:
-    """Layers 2 and 4 are the middle, 6 is the last and does not count."""
+    """Layers 2 and 4 are the middle, 6 is the last and does not count; of the ranks, only the largest does."""
     figures: Figures = {}
-    for layer, v1, mended in ((2, -8.0, -0.3), (4, -6.0, -0.1), (6, 0.9, 0.95)):
+    for layer, v1, test, text in ((2, -8.0, 0.9, -0.3), (4, -6.0, 0.95, -0.1), (6, 0.9, 0.99, 0.95)):
         for rank in (4, 16):
-            figures |= recovered("as_reported", "test", v1 - 1 / rank, layer, rank)
-            figures |= recovered("rrr", "test", mended - 1 / rank, layer, rank)
+            for split in HELD_OUT:
+                figures |= recovered("as_reported", split, v1 - 1 / rank, layer, rank)
+            figures |= recovered("rrr", "test", test - 1 / rank, layer, rank)
+            figures |= recovered("rrr_text", "text", text - 1 / rank, layer, rank)
     return figures
 
 
@@ -75,44 +87,48 @@ HOLDING: dict[str, Callable[[], Figures]] = {
 T = ("recovered", "as_reported")
 #: Experiment, verdict, the records that differ from those that hold.
 CHANGES: list[tuple[str, str, Figures]] = [
-    ("exact_adapter", "holds", {("kl", "exact", "text", None, None): 4.9e-7}),
-    ("exact_adapter", "artefact", {("kl", "exact", "text", None, None): 1e-3}),
+    ("exact_adapter", "holds", {("kl", "exact", "text", None, 6): 4.9e-7}),
+    ("exact_adapter", "open", {("kl", "exact", "text", None, 6): 1e-3}),
+    ("exact_adapter", "open", {("kl", "hidden", "val", None, 6): 1e-3}),
+    ("exact_adapter", "artefact", {("kl", "exact", "text", None, 6): 0.3}),
     ("global_hidden_alignment", "artefact", {(*T, "text", None, 64): 0.4}),
     ("global_hidden_alignment", "artefact", {(*T, "template", None, 64): 0.89}),
     ("global_hidden_alignment", "open", {(*T, "test", None, 64): 0.4}),
     ("global_hidden_alignment", "holds", {(*T, "test", None, 4): -5.0}),
-    ("projected_hidden_alignment", "artefact", {("recovered", "hidden", "test", None, 64): 0.95}),
-    ("projected_hidden_alignment", "open", {("recovered", "hidden", "test", None, 64): 0.5}),
+    ("projected_hidden_alignment", "artefact", {("recovered", "aligned", s, None, 64): 0.95 for s in HELD_OUT}),
+    ("projected_hidden_alignment", "open", {("recovered", "aligned", "test", None, 64): 0.95}),
+    (
+        "projected_hidden_alignment",
+        "open",
+        {("recovered", "aligned", s, None, 64): 0.95 for s in HELD_OUT} | {(*T, "text", None, 8): 0.1},
+    ),
     ("layerwise_tuned_lens", "open", {("kl", "as_reported", "text", 1, None): 3.0}),
+    ("layerwise_tuned_lens", "holds", {("kl", "as_reported", "text", 3, None): 3.0}),
     (
         "layerwise_tuned_lens",
         "artefact",
         {("kl", "as_reported", split, layer, None): 3.0 for split in ("template", "text") for layer in (0, 1)},
     ),
     ("layerwise_tuned_lens", "open", {("kl", "as_reported", "text", layer, None): 3.0 for layer in (0, 1, 2)}),
-    ("final_adapter_rank_sweep", "artefact", {(*T, "text", None, 128): -0.2}),
-    ("final_adapter_rank_sweep", "artefact", {(*T, "template", None, 128): 0.5}),
+    ("final_adapter_rank_sweep", "artefact", {(*T, "test", None, 128): 0.02}),
+    ("final_adapter_rank_sweep", "open", {(*T, "text", None, 128): 0.5}),
     (
         "final_adapter_rank_sweep",
         "open",
-        {(*T, "text", None, 128): 0.5, ("recovered", "v1_text", "text", None, 128): 0.2},
+        {(*T, "test", None, 128): 0.02, ("recovered", "rrr", "test", None, 128): 0.01},
     ),
     (
         "final_adapter_rank_sweep",
         "open",
-        {(*T, "text", None, 128): -0.2, ("recovered", "rrr_text", "text", None, 128): -0.4},
+        {(*T, "test", None, 128): 0.02, ("recovered", "v1_text", "text", None, 128): 0.2},
     ),
     ("final_adapter_rank_sweep", "holds", {(*T, "text", None, 4): -9.0}),
-    (
-        "multi_layer_rank_sweep",
-        "artefact",
-        {("recovered", "rrr", "test", layer, 16): 0.6 for layer in (2, 4)},
-    ),
-    ("multi_layer_rank_sweep", "open", {("recovered", "rrr", "test", 4, 16): 0.6}),
+    ("multi_layer_rank_sweep", "artefact", {("recovered", "rrr_text", "text", layer, 16): 0.6 for layer in (2, 4)}),
+    ("multi_layer_rank_sweep", "open", {("recovered", "rrr_text", "text", 4, 16): 0.6}),
     (
         "multi_layer_rank_sweep",
         "open",
-        {("recovered", "rrr", "test", layer, 16): 0.6 for layer in (2, 4)} | {(*T, "test", 2, 4): 0.1},
+        {("recovered", "rrr_text", "text", layer, 16): 0.6 for layer in (2, 4)} | {(*T, "test", 2, 16): 0.1},
     ),
 ]
 
@@ -152,7 +168,7 @@ def test_a_verdict_without_its_measurements_is_open_and_says_which_lack(tmp_path
     record(tmp_path, experiment, figures)
     rule = judge(tmp_path, experiment).rule
     if experiment == "final_adapter_rank_sweep":
-        figures["recovered", "as_reported", "text", None, 128] = -0.2  # now it must look at the real expert too
+        figures["recovered", "as_reported", "test", None, 128] = 0.02  # now it must look at the real expert too
     for metric, method, split in sorted({key[:3] for key in figures}):
         left = {key: value for key, value in figures.items() if key[:3] != (metric, method, split)}
         folder = tmp_path / f"{method}-{split}"
