@@ -168,7 +168,7 @@ def test_fetching_without_a_network_leaves_nothing_behind(
 
     monkeypatch.setattr(socket.socket, "connect", unplugged)
     monkeypatch.setattr(socket, "getaddrinfo", unplugged)
-    with refused("could not fetch", FILES[0], "pass a folder"):
+    with refused("could not fetch", FILES[0], "give a folder"):
         recipe.fetch_corpora(tmp_path / "new")
     assert not list((tmp_path / "new").iterdir())
     for name in FILES[:2]:
