@@ -17,7 +17,7 @@ from torch.nn.functional import kl_div
 from tqdm.auto import tqdm
 
 from chassis_utils import ChassisError, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load, probe_set
-from chassis_utils.harvest import Expert
+from chassis_utils.activations import Expert
 from chassis_utils.solve import Gram
 
 RANKS = (4, 8, 16, 32, 64, 128)

@@ -1,35 +1,38 @@
 """CHASSIS: a frozen base model as a universal port; experts plug in through adapters that are solved for."""
 
-from .adapter import Adapter, fit
-from .errors import ChassisError
-from .experts import SyntheticExpert, load_expert
-from .harvest import Activations, harvest, harvest_splits
-from .metrics import evaluate
-from .models import LanguageModel, bundled, load
-from .probes import Probes, passages, probe_set
-from .records import Records, read_records
-from .solve import Gram, ridge
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .activations import Activations, harvest, harvest_splits
+    from .adapter import Adapter, fit
+    from .errors import ChassisError
+    from .experts import SyntheticExpert, load_expert
+    from .metrics import evaluate
+    from .models import LanguageModel, bundled, load
+    from .probes import Probes, passages, probe_set
+    from .records import Records, read_records
+    from .solve import Gram, ridge
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Activations",
-    "Adapter",
-    "ChassisError",
-    "Gram",
-    "LanguageModel",
-    "Probes",
-    "SyntheticExpert",
-    "bundled",
-    "evaluate",
-    "fit",
-    "harvest",
-    "harvest_splits",
-    "load",
-    "load_expert",
-    "passages",
-    "probe_set",
-    "ridge",
-    "Records",
-    "read_records",
-]
+_HOMES = {
+    "activations": ("Activations", "harvest", "harvest_splits"),
+    "adapter": ("Adapter", "fit"),
+    "errors": ("ChassisError",),
+    "experts": ("SyntheticExpert", "load_expert"),
+    "metrics": ("evaluate",),
+    "models": ("LanguageModel", "bundled", "load"),
+    "probes": ("Probes", "passages", "probe_set"),
+    "records": ("Records", "read_records"),
+    "solve": ("Gram", "ridge"),
+}
+__all__ = sorted(name for names in _HOMES.values() for name in names)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: torch and transformers take seconds, a wrong option none."""
+    for module, names in _HOMES.items():
+        if name in names:
+            return import_module(f".{module}", __name__).__dict__[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

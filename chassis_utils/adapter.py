@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .activations import Activations
 from .errors import ChassisError
 from .experts import SyntheticExpert
-from .harvest import Activations
 from .models import LanguageModel
 from .solve import Gram, low_rank, ridge
 

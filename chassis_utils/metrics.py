@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 import torch
 
+from .activations import Activations, Expert, harvest
 from .adapter import Adapter
 from .errors import ChassisError
-from .harvest import Activations, Expert, harvest
 from .models import LanguageModel
 from .probes import Probes
 

@@ -17,7 +17,7 @@ from chassis_utils.recipe import gpt2_tokenizer, llama_tokenizer
 FIGURES = ["kl", "kl_identity", "recovered", "top1_agreement", "bits_per_byte"]
 METHODS = ("v1", "rrr", "lens")
 # The package offers the function under the same name, so the module is found by hand.
-MODULE = sys.modules["chassis_utils.harvest"]
+MODULE = sys.modules["chassis_utils.activations"]
 
 
 def whole_way(train: Activations, test: Activations) -> pd.DataFrame:
