@@ -119,7 +119,7 @@ def harvest(
 ) -> Activations:
     """One forward pass per model and prompt, every layer from the same pass, no logits.
 
-    Prompts are batched by length. With `out_dir`, each shard of 1,024 prompts is written as it is done: a second
+    Prompts are batched by length; what many begin with is run once where only the last token is asked for. With `out_dir`, each shard of 1,024 prompts is written as it is done: a second
     call goes on from there, and shards are shared by every expert and notebook that asks for the same base,
     probes, layers and positions.
 
@@ -140,7 +140,7 @@ def harvest(
     """
     final = base.num_layers
     layers = range(final + 1) if layers is None else layers
-    wanted = sorted({final, *(_layer_number(base, layer) for layer in layers)})
+    wanted = sorted({final, *(base.layer_number(layer) for layer in layers)})
     if positions not in ("last", "all"):
         raise ChassisError(f"positions = '{positions}': choose last or all")
     if padding not in ("left", "right"):
@@ -159,7 +159,8 @@ def harvest(
     if isinstance(expert, LanguageModel):
         expert_hidden = run.collect(expert, [expert.num_layers])[f"hidden.{expert.num_layers}"]
     else:
-        expert_hidden = expert.transform(states[final].to(base.device)).cpu()
+        bare = states[final] if base.bare is base else run.collect(base.bare, wanted)[f"hidden.{final}"]
+        expert_hidden = expert.transform(bare.to(base.device)).cpu()
     rows = part["prompt"], part["next_token"]
     return Activations(base, expert, probes, positions, states, expert_hidden, *rows, num_bytes)
 
@@ -243,17 +244,22 @@ class _Run:
         self, model: LanguageModel, layers: list[int], ids: list[list[int]], first: int
     ) -> dict[str, torch.Tensor]:
         rows: dict[int, dict[int, torch.Tensor]] = {}
-        for batch in _batches([len(i) for i in ids], self.batch_tokens):
-            width = max(len(ids[i]) for i in batch)
-            tokens, mask = (
-                torch.zeros(len(batch), width, dtype=torch.long),
-                torch.zeros(len(batch), width, dtype=torch.long),
-            )
+        shared = _shared(ids) if self.positions == "last" and model.keeps_cache else [(0, list(range(len(ids))))]
+        work = [
+            (cut, [some[n] for n in batch])
+            for cut, some in shared
+            for batch in _batches([len(ids[i]) - cut for i in some], self.batch_tokens)
+        ]
+        for cut, batch in work:
+            width = max(len(ids[i]) for i in batch) - cut
+            tokens = torch.zeros(len(batch), width, dtype=torch.long)
+            mask = torch.zeros_like(tokens)
             for row, i in enumerate(batch):
-                place = slice(0, len(ids[i])) if self.padding == "right" else slice(width - len(ids[i]), width)
-                tokens[row, place] = torch.tensor(ids[i])
+                own = ids[i][cut:]
+                place = slice(0, len(own)) if self.padding == "right" else slice(width - len(own), width)
+                tokens[row, place] = torch.tensor(own)
                 mask[row, place] = 1
-            for layer, state in model.states(tokens, mask, layers).items():
+            for layer, state in model.states(tokens, mask, layers, ids[batch[0]][:cut]).items():
                 state = state.cpu()
                 for row, i in enumerate(batch):
                     real = state[row][mask[row].bool()]
@@ -304,15 +310,31 @@ def tokenize(model: LanguageModel, probes: Probes) -> tuple[list[list[int]], int
     return encoded["input_ids"], num_bytes
 
 
-def _layer_number(base: LanguageModel, layer: int) -> int:
-    number = layer + base.num_layers + 1 if layer < 0 else layer
-    if not 0 <= number <= base.num_layers:
-        raise ChassisError(f"layer {layer} does not exist: {base.name} has 0 (embedding) to {base.num_layers} (final)")
-    return number
+def _shared(ids: list[list[int]], least: int = 3, crowd: int = 16) -> list[tuple[int, list[int]]]:
+    """Prompt numbers grouped by what they begin with, each group with the number of tokens all of it shares.
+
+    Templates are mostly the same words over and over: what a group of `crowd` or more shares, `least` tokens at the
+    least, is run once. All other prompts are one group that shares nothing.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, one in enumerate(ids):
+        groups.setdefault(tuple(one[:least]), []).append(i)
+    rest: list[int] = []
+    shared = []
+    for group in groups.values():
+        low, high = (choose((ids[i] for i in group)) for choose in (min, max))
+        cut = next((n for n, pair in enumerate(zip(low, high)) if pair[0] != pair[1]), len(low))
+        # A prompt must keep a token of its own, where its state is read.
+        cut = min(cut, len(low) - 1, min(len(ids[i]) for i in group) - 1)
+        if len(group) < crowd or cut < least:
+            rest += group
+        else:
+            shared.append((cut, group))
+    return [*shared, (0, rest)] if rest else shared
 
 
 def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
-    """Prompt numbers in batches of like length, at most `batch_tokens` padded tokens each."""
+    """Places in batches of like length, at most `batch_tokens` padded tokens each."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     batches: list[list[int]] = [[]]
     for i in order:

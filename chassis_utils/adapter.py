@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from .activations import Activations
 from .errors import ChassisError
 from .experts import SyntheticExpert
-from .models import LanguageModel
+from .models import LanguageModel, tensor_hash
 from .solve import Gram, low_rank, ridge
 
 FORMAT = 1
@@ -82,11 +82,20 @@ class Adapter:
             )
         return replace(self, down=self.down[:, :rank], up=self.up[:rank])
 
+    def delta(self, state: torch.Tensor) -> torch.Tensor:
+        """The correction `(n, m)` for states `(n, hidden)` of its layer."""
+        return (state @ self.down) @ self.up + self.bias
+
+    @property
+    def revision(self) -> str:
+        """Hash of layer and map."""
+        return tensor_hash(self.down, self.up, self.bias, torch.tensor(self.layer))
+
     def logits(self, base: LanguageModel, hidden: dict[int, torch.Tensor]) -> torch.Tensor:
         """Adapted logits `(n, vocab)` from the base's hidden states, layer -> `(n, hidden)`."""
         readout = base.readout
         state = hidden[self.layer]
-        correction = (state @ self.down) @ self.up + self.bias
+        correction = self.delta(state)
         if self.onto == "nothing":
             start = None
         elif self.onto == "final":

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -61,6 +64,19 @@ class Readout:
         return self.cap(self.linear(hidden))
 
 
+class Edit(Protocol):
+    """A change of the residual stream at one layer; an `Adapter` in hidden space is one."""
+
+    layer: int
+
+    @property
+    def revision(self) -> str:
+        """Hash of what it does."""
+
+    def delta(self, state: torch.Tensor) -> torch.Tensor:
+        """What is added to the states `(n, hidden)` of its layer."""
+
+
 @dataclass
 class LanguageModel:
     """A causal language model whose hidden states can be read at every layer.
@@ -74,6 +90,8 @@ class LanguageModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     readout: Readout = field(init=False, repr=False)
+    edits: tuple[Edit, ...] = ()
+    """Changes on the way through, put there by `edited`."""
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
@@ -82,6 +100,72 @@ class LanguageModel:
         self._takes_positions = "position_ids" in accepted
         self.readout = _readout(self.model, len(self.tokenizer))
         self._check_readout()
+
+    def edited(self, *edits: Edit) -> LanguageModel:
+        """The same weights with the residual stream changed on its way: an edit at layer l flows through l+1..L.
+
+        Edits at one layer act in the order given, after those that are there already.
+
+        Raises:
+            ChassisError: a layer that does not exist, or blocks that cannot be found in this architecture.
+        """
+        if any(self.layer_number(edit.layer) < self.num_layers for edit in edits):
+            self._blocks()
+        return self._with((*self.edits, *edits))
+
+    @property
+    def bare(self) -> LanguageModel:
+        """The model without its edits; itself where there are none."""
+        return self._with(()) if self.edits else self
+
+    def _with(self, edits: tuple[Edit, ...]) -> LanguageModel:
+        twin = copy.copy(self)
+        twin.edits = edits
+        twin.__dict__.pop("revision", None)  # kept from the time before, for other edits
+        return twin
+
+    def layer_number(self, layer: int) -> int:
+        """A layer counted from 0; negative numbers count from the last.
+
+        Raises:
+            ChassisError: there is no such layer.
+        """
+        number = layer + self.num_layers + 1 if layer < 0 else layer
+        if not 0 <= number <= self.num_layers:
+            raise ChassisError(
+                f"layer {layer} does not exist: {self.name} has 0 (embedding) to {self.num_layers} (final)"
+            )
+        return number
+
+    def _blocks(self) -> torch.nn.ModuleList:
+        """The blocks in order, wherever the architecture keeps them."""
+        for module in self.backbone.modules():
+            if isinstance(module, torch.nn.ModuleList) and len(module) == self.num_layers:
+                return module
+        raise ChassisError(
+            f"{self.name}: no list of {self.num_layers} blocks found in {type(self.backbone).__name__}, so nothing can "
+            "be changed on the way through; tell us with the output of print(model.model)"
+        )
+
+    @contextmanager
+    def _on_the_way(self) -> Iterator[None]:
+        """Every edit below the final layer hooked to the block that reads its layer."""
+
+        def changing(edit: Edit) -> Callable:
+            def hook(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+                # The state is the first argument, by place or by name.
+                state = args[0] if args else kwargs["hidden_states"]
+                changed = (state.float() + edit.delta(state.float())).to(state.dtype)
+                return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
+
+            return hook
+
+        with ExitStack() as stack:
+            for edit in self.edits:
+                if edit.layer < self.num_layers:
+                    block = self._blocks()[edit.layer]
+                    stack.callback(block.register_forward_pre_hook(changing(edit), with_kwargs=True).remove)
+            yield
 
     @property
     def device(self) -> torch.device:
@@ -109,10 +193,15 @@ class LanguageModel:
         config = self.model.config.get_text_config()
         return getattr(config, "max_position_embeddings", None) or 2048
 
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether a beginning can be run once and shared; recurrent models (Mamba) keep a state of another kind."""
+        return not getattr(self.model, "_is_stateful", False)
+
     @cached_property
     def head_hash(self) -> str:
         """Hash of the readout: an adapter belongs to one."""
-        return _hash(self.readout.weight, self.readout.bias)
+        return tensor_hash(self.readout.weight, self.readout.bias)
 
     @cached_property
     def tokenizer_hash(self) -> str:
@@ -122,42 +211,58 @@ class LanguageModel:
 
     @cached_property
     def revision(self) -> str:
-        """Hash over name, shape and an even sample of 4,096 entries of every weight."""
+        """Hash over name, shape and an even sample of 4,096 entries of every weight, and over the edits."""
         digest = hashlib.sha256()
         for key, tensor in self.model.state_dict().items():
             flat = tensor.flatten()
             sample = flat[:: max(1, flat.numel() // 4096)]
             digest.update(f"{key}{tuple(tensor.shape)}".encode())
             digest.update(sample.float().cpu().numpy().tobytes())
+        for edit in self.edits:
+            digest.update(edit.revision.encode())
         return digest.hexdigest()[:16]
 
     def states(
-        self, input_ids: torch.Tensor, mask: torch.Tensor, layers: Sequence[int] | None = None
+        self,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor,
+        layers: Sequence[int] | None = None,
+        prefix: Sequence[int] = (),
     ) -> dict[int, torch.Tensor]:
-        """Hidden states of a padded batch, one forward pass, without the head.
+        """Hidden states of a padded batch, one forward pass with its edits, without the head.
 
         Args:
             input_ids: `(batch, length)`.
             mask: `(batch, length)`, 1 at real tokens; padding may be on either side.
             layers: which layers; None is the final one alone.
+            prefix: ids that come before every row; run once, for the whole batch.
 
         Returns:
-            layer -> `(batch, length, hidden)`, float32.
+            layer -> `(batch, length, hidden)`, float32, after the edits of that layer.
         """
         layers = [self.num_layers] if layers is None else list(layers)
         input_ids, mask = input_ids.to(self.device), mask.to(self.device)
         inner = [layer for layer in layers if layer != self.num_layers]
-        extra = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if self._takes_positions else {}
-        with torch.inference_mode():
-            out = self.backbone(
-                input_ids=input_ids, attention_mask=mask, output_hidden_states=bool(inner), use_cache=False, **extra
-            )
+        whole = torch.cat([mask.new_ones(len(mask), len(prefix)), mask], dim=1)
+        options = {"attention_mask": whole, "use_cache": bool(prefix)}
+        if self._takes_positions:
+            options["position_ids"] = (whole.cumsum(1) - 1).clamp(min=0)[:, len(prefix) :]
+        with torch.inference_mode(), self._on_the_way():
+            if prefix:
+                first = torch.tensor([list(prefix)], device=self.device)
+                options["past_key_values"] = self.backbone(input_ids=first, use_cache=True).past_key_values
+                options["past_key_values"].batch_repeat_interleave(len(input_ids))
+            out = self.backbone(input_ids=input_ids, output_hidden_states=bool(inner), **options)
         every = out.hidden_states
         if inner and (every is None or len(every) != self.num_layers + 1):
             raise ChassisError(f"{self.name}: this architecture does not give one hidden state a layer")
         states = {layer: every[layer].float() for layer in inner}
         if self.num_layers in layers:
             states[self.num_layers] = out.last_hidden_state.float()
+        for edit in self.edits:
+            # The library notes a state before the hook of the block that reads it.
+            if edit.layer in states:
+                states[edit.layer] = states[edit.layer] + edit.delta(states[edit.layer])
         return states
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -213,7 +318,8 @@ def _readout(model: PreTrainedModel, tokens: int) -> Readout:
     )
 
 
-def _hash(*tensors: torch.Tensor | None) -> str:
+def tensor_hash(*tensors: torch.Tensor | None) -> str:
+    """Hash of the values of several tensors, in float32."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(b"none" if tensor is None else tensor.float().cpu().contiguous().numpy().tobytes())
