@@ -8,10 +8,11 @@ if TYPE_CHECKING:
     from .adapter import Adapter, fit
     from .errors import ChassisError
     from .experts import SyntheticExpert, load_expert
-    from .metrics import evaluate
+    from .metrics import evaluate, interval
     from .models import LanguageModel, bundled, load
     from .probes import Probes, passages, probe_set
     from .records import Records, read_records
+    from .refine import refine
     from .solve import Gram, ridge
 
 __version__ = "0.1.0"
@@ -21,10 +22,11 @@ _HOMES = {
     "adapter": ("Adapter", "fit"),
     "errors": ("ChassisError",),
     "experts": ("SyntheticExpert", "load_expert"),
-    "metrics": ("evaluate",),
+    "metrics": ("evaluate", "interval"),
     "models": ("LanguageModel", "bundled", "load"),
     "probes": ("Probes", "passages", "probe_set"),
     "records": ("Records", "read_records"),
+    "refine": ("refine",),
     "solve": ("Gram", "ridge"),
 }
 __all__ = sorted(name for names in _HOMES.values() for name in names)

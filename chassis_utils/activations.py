@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +21,9 @@ from .errors import ChassisError
 from .experts import SyntheticExpert
 from .models import LanguageModel
 from .probes import Probes, probe_set
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
 
 Expert = LanguageModel | SyntheticExpert
 
@@ -72,6 +77,55 @@ class Activations:
             )
         return self.hidden[number]
 
+    def subset(self, n: int) -> Activations:
+        """The first n prompts only.
+
+        Raises:
+            ChassisError: there are not that many.
+        """
+        if not 1 <= n <= len(self.probes):
+            raise ChassisError(f"n = {n} is outside 1..{len(self.probes)}, the prompts of '{self.probes.name}'")
+        if self.positions == "all":
+            raise ChassisError("a part of the prompts has other bytes: harvest that part instead")
+        probes = Probes(self.probes.name, self.probes.split, self.probes.prompts[:n])
+        hidden = {layer: h[:n] for layer, h in self.hidden.items()}
+        rows = {k: getattr(self, k)[:n] for k in ("expert_hidden", "prompt", "next_token")}
+        return replace(self, probes=probes, hidden=hidden, **rows)
+
+    def against(self, expert: SyntheticExpert) -> Activations:
+        """The same states beside another expert that is a function of them: no forward pass."""
+        _same_base(self.base, expert)
+        hidden = self.hidden[self.final].to(self.base.device)
+        return replace(self, expert=expert, expert_hidden=expert.transform(hidden).cpu())
+
+    def gradient(self, layer: int, after: Adapter | None = None, batch_tokens: int = 2048) -> torch.Tensor:
+        """Gradient of the summed KL(expert || adapted base) with respect to a layer's states, `(n, hidden)`.
+
+        One forward and one backward pass; no weight is touched. `after` is an adapter that is in place at the end.
+
+        Raises:
+            ChassisError: harvested at last positions only: a change earlier in the prompt would be missed.
+        """
+        if self.positions != "all":
+            raise ChassisError("gradients are taken at every position: harvest with positions='all'")
+        lever, final = _Lever(self.base.layer_number(layer)), self.final
+        model, ids = self.base.edited(lever), tokenize(self.base, self.probes)[0]
+        starts = [0, *itertools.accumulate(map(len, ids))]
+        gradient = torch.zeros_like(self.layer(layer))
+        for batch in _batches([len(i) for i in ids], batch_tokens):
+            tokens, mask = _padded([ids[i] for i in batch])
+            with torch.enable_grad():
+                real = mask.bool()
+                state = {final: model.states(tokens, mask, grad=True)[final][real]}
+                rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in batch])
+                target = self.expert.readout(self.expert_hidden[rows].to(model.device))
+                ours = model.readout(state[final]) if after is None else after.logits(model, state)
+                torch.nn.functional.kl_div(
+                    ours.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True
+                ).backward()
+            gradient[rows] = lever.zero.grad[real].cpu()
+        return gradient
+
     def save(self, folder: str | Path) -> Path:
         """Write as `activations.safetensors`; read back with `Activations.load`."""
         folder = _make(folder)
@@ -105,6 +159,23 @@ class Activations:
         return cls(base, expert, probes, meta["positions"], hidden, num_bytes=int(meta["num_bytes"]), **rest)
 
 
+@dataclass
+class _Lever:
+    """An edit that changes nothing and tells how much a change would."""
+
+    layer: int
+    revision: str = "lever"
+
+    def delta(self, state: torch.Tensor) -> torch.Tensor:
+        self.zero = torch.zeros_like(state, requires_grad=True)
+        return self.zero
+
+
+def _same_base(base: LanguageModel, expert: SyntheticExpert) -> None:
+    if expert.readout is not base.readout and not torch.equal(expert.readout.weight, base.readout.weight):
+        raise ChassisError(f"{expert.name} was drawn for another base than {base.name}: draw one with from_base")
+
+
 def harvest(
     base: LanguageModel,
     expert: Expert,
@@ -119,9 +190,9 @@ def harvest(
 ) -> Activations:
     """One forward pass per model and prompt, every layer from the same pass, no logits.
 
-    Prompts are batched by length; what many begin with is run once where only the last token is asked for. With `out_dir`, each shard of 1,024 prompts is written as it is done: a second
-    call goes on from there, and shards are shared by every expert and notebook that asks for the same base,
-    probes, layers and positions.
+    Prompts are batched by length; what many begin with is run once where only the last token is asked for. With
+    `out_dir`, each shard of 1,024 prompts is written as it is done: a second call goes on from there, and shards are
+    shared by every expert and notebook that asks for the same base, probes, layers and positions.
 
     Args:
         base: the frozen base.
@@ -151,8 +222,8 @@ def harvest(
             raise ChassisError(f"{expert.name} and {base.name} have different tokenizers: that takes a bridge")
         if tokenize(expert, probes)[0] != ids:
             raise ChassisError(f"{expert.name} and {base.name} cut prompts into other tokens: check the first token")
-    elif expert.readout is not base.readout and not torch.equal(expert.readout.weight, base.readout.weight):
-        raise ChassisError(f"{expert.name} was drawn for another base than {base.name}: draw one with from_base")
+    else:
+        _same_base(base, expert)
     run = _Run(probes, ids, positions, batch_tokens, padding, None if out_dir is None else _make(out_dir), progress)
     part = run.collect(base, wanted)
     states = {layer: part[f"hidden.{layer}"] for layer in wanted}
@@ -251,14 +322,7 @@ class _Run:
             for batch in _batches([len(ids[i]) - cut for i in some], self.batch_tokens)
         ]
         for cut, batch in work:
-            width = max(len(ids[i]) for i in batch) - cut
-            tokens = torch.zeros(len(batch), width, dtype=torch.long)
-            mask = torch.zeros_like(tokens)
-            for row, i in enumerate(batch):
-                own = ids[i][cut:]
-                place = slice(0, len(own)) if self.padding == "right" else slice(width - len(own), width)
-                tokens[row, place] = torch.tensor(own)
-                mask[row, place] = 1
+            tokens, mask = _padded([ids[i][cut:] for i in batch], self.padding)
             for layer, state in model.states(tokens, mask, layers, ids[batch[0]][:cut]).items():
                 state = state.cpu()
                 for row, i in enumerate(batch):
@@ -322,8 +386,8 @@ def _shared(ids: list[list[int]], least: int = 3, crowd: int = 16) -> list[tuple
     rest: list[int] = []
     shared = []
     for group in groups.values():
-        low, high = (choose((ids[i] for i in group)) for choose in (min, max))
-        cut = next((n for n, pair in enumerate(zip(low, high)) if pair[0] != pair[1]), len(low))
+        low, high = (choose(ids[i] for i in group) for choose in (min, max))
+        cut = next((n for n, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))
         # A prompt must keep a token of its own, where its state is read.
         cut = min(cut, len(low) - 1, min(len(ids[i]) for i in group) - 1)
         if len(group) < crowd or cut < least:
@@ -342,6 +406,18 @@ def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
             batches.append([])
         batches[-1].append(i)
     return batches
+
+
+def _padded(ids: list[list[int]], side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, `(batch, length)` each."""
+    width = max(map(len, ids))
+    tokens = torch.zeros(len(ids), width, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    for row, own in enumerate(ids):
+        place = slice(0, len(own)) if side == "right" else slice(width - len(own), width)
+        tokens[row, place] = torch.tensor(own)
+        mask[row, place] = 1
+    return tokens, mask
 
 
 def _make(folder: str | Path) -> Path:

@@ -111,6 +111,23 @@ class Adapter:
             return readout.cap(logits + correction)
         return readout.cap(logits.index_add(1, self.columns, correction))
 
+    def into_hidden(self, base: LanguageModel, inverse: str = "pseudo") -> Adapter:
+        """The change of logits as a change of the head's input.
+
+        Args:
+            base: whose head is inverted.
+            inverse: `pseudo` (least squares over the corrected columns), or `transpose`, which multiplies by the
+                head's rows instead, as experiment 6 did.
+
+        Raises:
+            ChassisError: an unknown `inverse`, or an adapter that changes hidden states already.
+        """
+        if self.space == "hidden" or inverse not in ("pseudo", "transpose"):
+            raise ChassisError(f"inverse = '{inverse}' of an adapter in {self.space}: logits by pseudo or transpose")
+        rows = base.readout.weight if self.columns is None else base.readout.weight[self.columns]
+        back = rows if inverse == "transpose" else torch.linalg.pinv(rows.double().T).to(rows.dtype)
+        return replace(self, up=self.up @ back, bias=self.bias @ back, columns=None, space="hidden")
+
     def to(self, device: torch.device | str) -> Adapter:
         """The same adapter on another device."""
         moved = {k: getattr(self, k) for k in ("down", "up", "bias", "columns")}
@@ -404,6 +421,23 @@ def _projected(a: Activations, layer: int, lam: float, dim: int | None = None, s
     factors = low_rank(weight)
     lifted = (projection @ factors[0], factors[1] @ projection.T, factors[2])
     return _adapter(a, layer, lifted, bias @ projection.T, space="hidden", onto="nothing", info={"dim": dim})
+
+
+@method("descent")
+def _descent(a: Activations, layer: int, lam: float, after: Adapter | None = None, step: float = 0.1) -> Adapter:
+    """A step down the final KL as a map of one layer's state, to be put in place by `LanguageModel.edited`.
+
+    The target is minus the gradient of the KL at the end with respect to the state here, `after` being in place
+    there (boosting by functional gradients, Friedman 2001); the change is `step` times as long as the state, on the
+    average.
+    """
+    x = a.layer(layer)
+    gram = Gram.of(x, -a.gradient(layer, after))
+    weight, bias = ridge(gram, lam)
+    change = x.double() @ weight + bias
+    scale = step * float(x.double().norm(dim=1).mean() / change.norm(dim=1).mean().clamp(min=1e-30))
+    factors = low_rank(weight * scale, gram.covariance)
+    return _adapter(a, layer, factors, bias * scale, space="hidden", onto="layer", info={"step": step})
 
 
 def _same_size(a: Activations) -> None:

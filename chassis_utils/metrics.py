@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 
 import pandas as pd
 import torch
+from scipy.stats import t
 
 from .activations import Activations, Expert, harvest
 from .adapter import Adapter
@@ -23,6 +25,29 @@ def kl(expert_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Mean and the bounds of its t-interval, over seeds.
+
+    Raises:
+        ChassisError: fewer than two values: one seed tells nothing of the spread.
+    """
+    if len(values) < 2:
+        raise ChassisError(f"an interval over {len(values)} seed: measure at least two")
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    reach = float(t.ppf(0.5 + level / 2, len(values) - 1)) * error
+    return mean, mean - reach, mean + reach
+
+
+def _bounds(share: torch.Tensor, of: torch.Tensor) -> tuple[float, float]:
+    """95% interval of `sum(share) / sum(of)`, both `(prompts,)`: prompts are the sample, not the tokens in them."""
+    m, ratio = len(of), float(share.sum() / of.sum())
+    if m < 2 or not math.isfinite(ratio):
+        return math.nan, math.nan
+    spread = (share - ratio * of).square().sum() * m / (m - 1)
+    reach = float(t.ppf(0.975, m - 1)) * float(spread.sqrt() / of.sum())
+    return ratio - reach, ratio + reach
+
+
 def evaluate(
     base: LanguageModel,
     expert: Expert,
@@ -30,6 +55,7 @@ def evaluate(
     probes: Probes | Activations | Sequence[Probes | Activations],
     *,
     positions: str | None = None,
+    bare: Sequence[Activations] = (),
     allow_overlap: bool = False,
 ) -> pd.DataFrame:
     """Compare adapted bases with the expert, one row per adapter and probe set, and one for the bare base.
@@ -40,12 +66,15 @@ def evaluate(
         adapter: one adapter or several; all are judged from the same forward passes.
         probes: probe sets, or activations of them already harvested (no forward pass then).
         positions: for probe sets, `last` or `all`; `all` for real text unless given.
+        bare: for an edited base, activations of the bare one on the same probes, in the same order, if there already:
+            the identity is always the bare base.
         allow_overlap: accept prompts that the adapter was fitted on, outside the split `train`.
 
     Returns:
         Columns `base, expert, method, rank, layer, onto, split, probes, n`, `kl` and `kl_identity` (nats, mean over
-        rows), `recovered` (`1 - kl / kl_identity`; NaN where expert and base are the same), `top1_agreement`,
-        `bits_per_byte` (of the text that follows; NaN for last positions), `base_revision, expert_revision`.
+        rows), `recovered` (`1 - kl / kl_identity`; NaN where expert and base are the same), `kl_low, kl_high,
+        recovered_low, recovered_high` (95% over prompts; NaN for a single one), `top1_agreement`, `bits_per_byte` (of
+        the text that follows; NaN for last positions), `base_revision, expert_revision`.
 
     Raises:
         ChassisError: an adapter of another base, an adapter's layer not harvested, or a prompt that an adapter was
@@ -59,7 +88,7 @@ def evaluate(
         one.check_base(base)
     layers = sorted({a.layer for a in adapters} | {base.num_layers})
     rows = []
-    for given in sets:
+    for place, given in enumerate(sets):
         if isinstance(given, Probes):
             where = positions or ("all" if given.split == "text" else "last")
             given = harvest(base, expert, given, where, layers, progress=False)
@@ -67,11 +96,17 @@ def evaluate(
             raise ChassisError(
                 f"these activations are of {given.base.name} and {given.expert.name}: harvest for this pair"
             )
-        rows += _evaluate(given, adapters, allow_overlap)
+        plain = given
+        if base.edits:
+            here = (base.bare, expert, given.probes, given.positions, [-1])
+            plain = bare[place] if place < len(bare) else harvest(*here, progress=False)
+            if plain.base.edits or plain.probes.digest != given.probes.digest or len(plain) != len(given):
+                raise ChassisError(f"bare[{place}] is not the bare base on '{given.probes.name}': give the same order")
+        rows += _evaluate(given, adapters, plain.hidden[plain.final], allow_overlap)
     return pd.DataFrame(rows)
 
 
-def _evaluate(a: Activations, adapters: list[Adapter], allow_overlap: bool) -> list[dict]:
+def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow_overlap: bool) -> list[dict]:
     base, expert = a.base, a.expert
     for adapter in adapters:
         a.layer(adapter.layer)
@@ -82,26 +117,32 @@ def _evaluate(a: Activations, adapters: list[Adapter], allow_overlap: bool) -> l
                 "adapter: use other prompts, or say allow_overlap=True"
             )
     everyone = [Adapter.identity(base), *(x.to(base.device) for x in adapters)]
-    totals = torch.zeros(len(everyone), 3, dtype=torch.float64)
+    totals = torch.zeros(len(everyone), 2, dtype=torch.float64)
+    _, prompt, sizes = a.prompt.unique(return_inverse=True, return_counts=True)
+    by_prompt = torch.zeros(len(everyone), len(sizes), dtype=torch.float64)
     step = max(1, BLOCK // base.vocab_size)
     for start in range(0, len(a), step):
         rows = slice(start, start + step)
         hidden = {layer: h[rows].to(base.device) for layer, h in a.hidden.items()}
         target = expert.readout(a.expert_hidden[rows].to(base.device)).double().log_softmax(-1)
-        weight, best = target.exp(), target.argmax(-1)
+        weight, first = target.exp(), target.argmax(-1)
         following = a.next_token[rows].to(base.device)
         known = following >= 0
         for i, adapter in enumerate(everyone):
-            ours = adapter.logits(base, hidden).double().log_softmax(-1)
+            here = hidden if i else hidden | {base.num_layers: bare[rows].to(base.device)}
+            ours = adapter.logits(base, here).double().log_softmax(-1)
             nats = -ours.gather(1, following.clamp(min=0)[:, None])[:, 0][known].sum()
-            agree = (ours.argmax(-1) == best).sum()
-            totals[i] += torch.stack([(weight * (target - ours)).sum(), agree.double(), nats]).cpu()
+            agree = (ours.argmax(-1) == first).sum()
+            totals[i] += torch.stack([agree.double(), nats]).cpu()
+            by_prompt[i].index_add_(0, prompt[rows], (weight * (target - ours)).sum(-1).cpu())
     n = len(a)
-    reference = float(totals[0, 0]) / n
+    reference = float(by_prompt[0].sum()) / n
     rows = []
-    for adapter, (divergence, agree, nats) in zip(everyone, totals.tolist(), strict=True):
-        value = divergence / n
+    for adapter, (agree, nats), kls in zip(everyone, totals.tolist(), by_prompt, strict=True):
+        value = float(kls.sum()) / n
         identity = adapter is everyone[0]
+        low, high = _bounds(kls, sizes)
+        worst, best = _bounds(kls, by_prompt[0]) if reference > 1e-12 else (math.nan, math.nan)
         rows.append(
             {
                 "base": base.name,
@@ -115,7 +156,11 @@ def _evaluate(a: Activations, adapters: list[Adapter], allow_overlap: bool) -> l
                 "n": n,
                 "kl": value,
                 "kl_identity": reference,
+                "kl_low": low,
+                "kl_high": high,
                 "recovered": 1 - value / reference if reference > 1e-12 else math.nan,
+                "recovered_low": 1 - best,
+                "recovered_high": 1 - worst,
                 "top1_agreement": agree / n,
                 "bits_per_byte": nats / math.log(2) / a.num_bytes if a.positions == "all" else math.nan,
                 "base_revision": base.revision,

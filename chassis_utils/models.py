@@ -228,6 +228,7 @@ class LanguageModel:
         mask: torch.Tensor,
         layers: Sequence[int] | None = None,
         prefix: Sequence[int] = (),
+        grad: bool = False,
     ) -> dict[int, torch.Tensor]:
         """Hidden states of a padded batch, one forward pass with its edits, without the head.
 
@@ -236,6 +237,7 @@ class LanguageModel:
             mask: `(batch, length)`, 1 at real tokens; padding may be on either side.
             layers: which layers; None is the final one alone.
             prefix: ids that come before every row; run once, for the whole batch.
+            grad: keep what a gradient needs.
 
         Returns:
             layer -> `(batch, length, hidden)`, float32, after the edits of that layer.
@@ -247,7 +249,7 @@ class LanguageModel:
         options = {"attention_mask": whole, "use_cache": bool(prefix)}
         if self._takes_positions:
             options["position_ids"] = (whole.cumsum(1) - 1).clamp(min=0)[:, len(prefix) :]
-        with torch.inference_mode(), self._on_the_way():
+        with torch.inference_mode(not grad), self._on_the_way():
             if prefix:
                 first = torch.tensor([list(prefix)], device=self.device)
                 options["past_key_values"] = self.backbone(input_ids=first, use_cache=True).past_key_values

@@ -22,7 +22,7 @@ from .errors import ChassisError
 
 FIELDS = tuple(
     "experiment notebook base expert method rank layer split probes metric value seed n reported".split()
-    + "git versions revision time".split()
+    + "low high git versions revision time".split()
 )
 METRICS = tuple("kl recovered top1_agreement bits_per_byte coverage undecided total_variation seconds ratio".split())
 SPLITS = ("train", "val", "test", "template", "text")
@@ -35,6 +35,7 @@ EXPERIMENTS = tuple(
 )
 FILE = "results.jsonl"
 _INTEGERS = ("rank", "layer", "seed", "n")
+_FLOATS = ("value", "reported", "low", "high")
 #: What tells one measurement from another.
 _NAMES = tuple(f for f in FIELDS[:13] if f != "value")
 
@@ -103,7 +104,7 @@ def _number(name: str, value: Any, row: dict[str, Any]) -> int | float | None:
 
 def _frame(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame(list(rows), columns=list(FIELDS))
-    return frame.astype(dict.fromkeys(_INTEGERS, "Int64") | {"value": float, "reported": float})
+    return frame.astype(dict.fromkeys(_INTEGERS, "Int64") | dict.fromkeys(_FLOATS, float))
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -176,7 +177,7 @@ class Records:
         for name, allowed in (("metric", METRICS), ("split", (None, *SPLITS))):
             if row[name] not in allowed:
                 raise ChassisError(f"unknown {name} {row[name]!r}: choose from {', '.join(filter(None, allowed))}")
-        row |= {name: _number(name, row[name], row) for name in (*_INTEGERS, "value", "reported")}
+        row |= {name: _number(name, row[name], row) for name in (*_INTEGERS, *_FLOATS)}
         self._rows[tuple(row[name] for name in _NAMES)] = row
 
     def add_frame(
@@ -200,7 +201,8 @@ class Records:
             for metric in metrics:
                 if not _missing(row[metric]):
                     figure = reported(row) if reported and metric == "kl" else None
-                    self.add(**fields | {"metric": metric, "value": row[metric], "reported": figure})
+                    bounds = {end: row.get(f"{metric}_{end}") for end in ("low", "high")}
+                    self.add(**fields | bounds | {"metric": metric, "value": row[metric], "reported": figure})
 
     def save(self) -> pd.DataFrame:
         """Replace this experiment's rows of this notebook in the file, atomically; return them."""
