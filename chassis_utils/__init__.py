@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .metrics import evaluate, interval
     from .models import LanguageModel, bundled, load
     from .probes import Probes, passages, probe_set
-    from .records import Records, read_records
+    from .records import Records, read_records, results_table, write_table
     from .refine import refine
     from .solve import Gram, ridge
 
@@ -25,7 +25,7 @@ _HOMES = {
     "metrics": ("evaluate", "interval"),
     "models": ("LanguageModel", "bundled", "load"),
     "probes": ("Probes", "passages", "probe_set"),
-    "records": ("Records", "read_records"),
+    "records": ("Records", "read_records", "results_table", "write_table"),
     "refine": ("refine",),
     "solve": ("Gram", "ridge"),
 }

@@ -243,8 +243,8 @@ def build_book(profile: str | Profile) -> Path:
     """Build the HTML book from executed notebooks.
 
     Returns:
-        The first page. The profile `pocket` is built in `_build`, another in `_build/<name>`, where its landing page
-        is a copy that quotes that profile's run.
+        The first page. The profile `pocket` is built in `_build`, another in `_build/<name>`, where the pages that
+        quote a run quote that profile's.
 
     Raises:
         ChassisError: a notebook of the table of contents was not executed or has failed; the build warned.
@@ -258,21 +258,17 @@ def build_book(profile: str | Profile) -> Path:
     causes = {page.stem: _cause(root / page.with_suffix(".ipynb")) for page in pages}
     if missing := [f"{stem} ({cause})" for stem, cause in causes.items() if cause]:
         raise ChassisError(f"not executed: {', '.join(missing)}; run `chassis run --profile {name}` first")
-    target, table, landing = root, toc, None
+    target, table = root, toc
     if name != "pocket":
-        target, front = root / "_build" / name, root / f"{yaml.safe_load(text)['root']}.md"
+        target = root / "_build" / name
         target.mkdir(parents=True, exist_ok=True)
-        table, landing = target / "_toc.yml", front.with_stem(f"{front.stem}-{name}")
-        table.write_text(re.sub(r"(?m)^(root: *\S+)", rf"\1-{name}", text), encoding="utf-8")
-        landing.write_text(front.read_text(encoding="utf-8").replace("run/pocket", f"run/{name}"), encoding="utf-8")
+        table = target / "_toc.yml"
+        table.write_text(text, encoding="utf-8")
     # The package has no `python -m` entry, and the command of that name on PATH may belong to another Python.
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", "."]
     command += ["-W", "-n", "--keep-going", "--toc", str(table), "--path-output", str(target)]
-    try:
-        code = subprocess.run(command, cwd=root, check=False).returncode
-    finally:
-        if landing:
-            landing.unlink()
-    if code:
+    # Pages outside the run name that of `pocket`; `chassis_utils.mime` reads it as this one.
+    told = os.environ | {"CHASSIS_RUN": f"run/{name}"}
+    if code := subprocess.run(command, cwd=root, check=False, env=told).returncode:
         raise ChassisError(f"the book did not build (exit code {code}): the warnings above say why")
     return target / "_build" / "html" / "index.html"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import shutil
 from importlib.resources import files
@@ -18,6 +19,7 @@ from docutils import nodes
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 MARK = 'class="chassis-plot"'
+SORTABLE = 'class="dataframe sortable"'
 DEFAULT_HEIGHT = 440  # pixels
 
 
@@ -75,11 +77,18 @@ def _copy_scripts(app: Any) -> None:
     target = Path(app.outdir) / "_static" / "chassis"
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(str(files("plotly") / "package_data" / "plotly.min.js"), target / "plotly.min.js")
-    shutil.copyfile(str(files("chassis_utils") / "figures.js"), target / "figures.js")
+    for script in ("figures.js", "tables.js"):
+        shutil.copyfile(str(files("chassis_utils") / script), target / script)
+
+
+def _quote_run(app: Any, page: str, source: list[str]) -> None:
+    """Let the pages that quote the run of the profile `pocket` quote the run that is built."""
+    if run := os.environ.get("CHASSIS_RUN"):
+        source[0] = source[0].replace("run/pocket", run)
 
 
 def _load_scripts(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
-    """Load them on the pages that hold a figure, whichever page the figure was computed on."""
+    """Load them on the pages that hold a figure or a table to sort, whichever page it was computed on."""
     # Jupyter Book always brings Thebe, declares its constants twice (an error on every page), and its library is
     # somewhere on the network. The book has no live cells.
     scripts = context["script_files"]
@@ -87,10 +96,13 @@ def _load_scripts(app: Any, page: str, template: str, context: dict[str, Any], d
     if MARK in context.get("body", ""):
         app.add_js_file("chassis/plotly.min.js", loading_method="defer")
         app.add_js_file("chassis/figures.js", loading_method="defer")
+    if SORTABLE in context.get("body", ""):
+        app.add_js_file("chassis/tables.js", loading_method="defer")
 
 
 def setup(app: Any) -> dict[str, bool]:
-    """The Sphinx extension: scripts copied once, loaded per page."""
+    """The Sphinx extension: scripts copied once, loaded per page; pages that quote the run that is built."""
     app.connect("builder-inited", _copy_scripts)
+    app.connect("source-read", _quote_run)
     app.connect("html-page-context", _load_scripts)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

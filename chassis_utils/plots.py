@@ -314,13 +314,19 @@ class Table:
 
     frame: pd.DataFrame
     caption: str
+    sortable: bool = False
+    """For the frame of `results_table`: no index; in the book the reader sorts and filters."""
 
     def _repr_html_(self) -> str:
         shares = {name: lambda value: _figures(100 * value, "%") for name in self.frame if "recovered" in name}
-        named = self.frame.rename_axis(columns="split")
-        table = named.to_html(float_format=_figures, formatters=shares, na_rep="–", border=0)
+        frame = self.frame if self.sortable else self.frame.rename_axis(columns="split")
+        # As objects: whole numbers stay whole, and one that is missing is shown like any other.
+        table = frame.astype(object).where(frame.notna(), math.nan).to_html(
+            float_format=_figures, formatters=shares, na_rep="–", border=0, index=not self.sortable,
+            classes="sortable" if self.sortable else None)
         caption = f'<caption style="text-align:left">{html.escape(self.caption)}</caption>'
-        return f'<div style="overflow-x:auto" tabindex="0">{table.replace("<thead>", caption + "<thead>", 1)}</div>'
+        return (f'<div class="table-scroll" style="overflow-x:auto" tabindex="0" role="region" '
+                f'aria-label="{html.escape(self.caption)}">{table.replace("<thead>", caption + "<thead>", 1)}</div>')
 
 
 def comparison_table(frame: pd.DataFrame, reported: pd.DataFrame | None = None, reproduced: str = "as_reported",

@@ -218,14 +218,19 @@ def test_a_book_is_built_only_from_executed_notebooks(inside: Path) -> None:
     toc = {
         "format": "jb-book",
         "root": "index",
-        "chapters": [{"file": f"book/run/pocket/{s}"} for s in ("1_look", "3_stop")],
+        "chapters": [{"file": f"book/run/pocket/{s}"} for s in ("1_look", "3_stop")] + [{"file": "book/second"}],
     }
     with pytest.raises(ChassisError, match="no table of contents"):
         build_book("other")
     (inside / "_toc.yml").write_text(yaml.safe_dump(toc))
-    (inside / "_config.yml").write_text("title: Toy\nonly_build_toc_files: true\nexecute: {execute_notebooks: 'off'}\n")
+    (inside / "_config.yml").write_text(
+        "title: Toy\nonly_build_toc_files: true\nexecute: {execute_notebooks: 'off'}\n"
+        "sphinx: {extra_extensions: [chassis_utils.mime]}\n"
+    )
     # A link to the run of the profile that is not built would be a warning, and fail the build.
-    (inside / "index.md").write_text("# Toy\n\n[A page](book/run/pocket/1_look)\n")
+    (inside / "index.md").write_text("# Toy\n\n[A page](book/run/pocket/1_look), [another](book/second)\n")
+    (inside / "book").mkdir(exist_ok=True)
+    (inside / "book" / "second.md").write_text("# Second\n\n[A page](run/pocket/1_look)\n")
     with pytest.raises(
         ChassisError,
         match=r"not executed: 1_look \(nothing was written\), 3_stop .*; run `chassis run --profile other`",
@@ -234,8 +239,8 @@ def test_a_book_is_built_only_from_executed_notebooks(inside: Path) -> None:
     run(["1_look", "3_stop"], "other", progress=False)
     page = build_book("other")
     assert page.is_file() and (page.parent / "book/run/other/1_look.html").is_file()
-    assert 'href="book/run/other/1_look.html' in (page.parent / "index-other.html").read_text()
-    assert [path.name for path in inside.glob("*.md")] == ["index.md"]
+    assert 'href="book/run/other/1_look.html' in page.read_text()
+    assert 'href="run/other/1_look.html' in (page.parent / "book" / "second.html").read_text()
     (inside / "index.md").write_text("# Toy\n\n[nowhere](nowhere.md)\n")
     with pytest.raises(ChassisError, match="the book did not build"):
         build_book("other")
