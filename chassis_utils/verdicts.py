@@ -217,3 +217,18 @@ def _(e: Evidence) -> str:
     if max(text) < 0:
         return "holds"
     return "artefact" if max(v1) < 0 and min(test + text) > 0 else "open"
+
+
+@rule(
+    "comparison",
+    "Of the three, v1 is best: hidden-space regression fails and refinement destroys.",
+    "By share of the identity KL recovered. An artefact if on test hidden-space regression (b) and refinement (c), "
+    "each with its fault mended, both recover more than v1 (a) as reported. Holds if on every held-out split neither "
+    "does. Otherwise open.",
+)
+def _(e: Evidence) -> str:
+    v1 = {s: e.all("recovered", "as_reported_a", split=s)[0] for s in HELD_OUT}
+    ahead = {s: [e.all("recovered", f"mended_{m}", split=s)[0] > v1[s] for m in "bc"] for s in HELD_OUT}
+    if all(ahead["test"]):
+        return "artefact"
+    return "open" if any(map(any, ahead.values())) else "holds"

@@ -76,6 +76,15 @@ def middle() -> Figures:
     return figures
 
 
+def comparison() -> Figures:
+    """In the order of the study: a before b before c, mended or not."""
+    figures: Figures = {}
+    for split in HELD_OUT:
+        for method, share in (("as_reported_a", 0.4), ("mended_b", 0.3), ("mended_c", -2.0)):
+            figures |= recovered(method, split, share, rank=8)
+    return figures
+
+
 HOLDING: dict[str, Callable[[], Figures]] = {
     "exact_adapter": exact,
     "global_hidden_alignment": alignment,
@@ -83,6 +92,7 @@ HOLDING: dict[str, Callable[[], Figures]] = {
     "layerwise_tuned_lens": lenses,
     "final_adapter_rank_sweep": sweep,
     "multi_layer_rank_sweep": middle,
+    "comparison": comparison,
 }
 T = ("recovered", "as_reported")
 #: Experiment, verdict, the records that differ from those that hold.
@@ -130,6 +140,10 @@ CHANGES: list[tuple[str, str, Figures]] = [
         "open",
         {("recovered", "rrr_text", "text", layer, 16): 0.6 for layer in (2, 4)} | {(*T, "test", 2, 16): 0.1},
     ),
+    ("comparison", "artefact", {("recovered", f"mended_{m}", "test", None, 8): 0.5 for m in "bc"}),
+    ("comparison", "artefact", {("recovered", "as_reported_a", "test", None, 8): -3.0}),
+    ("comparison", "open", {("recovered", "mended_b", "test", None, 8): 0.5}),
+    ("comparison", "open", {("recovered", "mended_c", "text", None, 8): 0.5}),
 ]
 
 
