@@ -24,12 +24,22 @@ QUIET += ["--disable-component-update", "--disable-sync"]
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (apt-get install chromium)")
 
 #: Page -> how many plots it must draw.
-PLOTS = {"index": 1, "two": 2, "none": 0}
+PLOTS = {"index": 1, "two": 2, "none": 0, "table": 0}
 FIGURE = """
 import plotly.graph_objects as go
 from chassis_utils.mime import glue_figure
 figure = go.Figure(go.Scatter(x=[1, 2, 4], y=[0.3, 0.1, 0.01], text=["</script><b>", "<!--", "&"]))
 figure = figure.update_layout(title_text="KL <i>against</i> rank", xaxis_type="log")
+"""
+TABLE = """
+import pandas as pd
+from chassis_utils.plots import Table
+frame = pd.DataFrame({"method": ["a", "b", "c", "d", "e"], "kl": [0.5, 1e-9, 20000.0, float("nan"), 3.0],
+                      "recovered": [0.05, 1.0, float("nan"), -2.0, 0.3], "rank": [2, 10, 9, None, 100]})
+frame["rank"] = frame["rank"].astype("Int64")
+for i in range(30):
+    frame[f"figure {i}"] = i
+Table(frame, "A <small> table", sortable=True)
 """
 
 
@@ -52,10 +62,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "book").mkdir()
     shutil.copy(ROOT / "book" / "references.bib", folder / "book")
     shutil.copytree(ROOT / "book" / "assets", folder / "book" / "assets")
-    (folder / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters: [{file: two}, {file: none}]\n")
+    (folder / "_toc.yml").write_text(
+        "format: jb-book\nroot: index\nchapters: [{file: two}, {file: none}, {file: table}]\n"
+    )
     (folder / "index.md").write_text("# Landing\n\n```{glue:} first\n:doc: two.ipynb\n```\n")
     (folder / "stray.md").write_text("# Not in the table of contents, so not in the book\n")
     notebook(folder, "two", [FIGURE, "glue_figure('first', figure)", "figure", "figure.update_traces(mode='markers')"])
+    notebook(folder, "table", [TABLE])
     notebook(folder, "none", ["print('no figure here')"])
     build = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(folder)]
     done = subprocess.run([*build, "-W", "-n", "--keep-going"], capture_output=True, text=True, check=False)
@@ -125,4 +138,48 @@ def test_figures_follow_the_theme(site: Path, browser: object) -> None:
     page.wait_for_function(f"{ink} !== '{before}'")
     light, dark = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (before, page.evaluate(ink)))
     assert dark - light > 255, "the text of a figure must turn pale on a dark page"
+    page.close()
+
+
+def test_the_sorting_script_is_loaded_only_where_there_is_a_table(site: Path) -> None:
+    for page in PLOTS:
+        assert ("tables.js" in (site / f"{page}.html").read_text()) == (page == "table"), page
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_table_is_sorted_and_filtered_by_keyboard(site: Path, browser: object, width: int) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 844})
+    page.goto((site / "table.html").as_uri())
+
+    def rows() -> str:
+        return "".join(page.locator("table.sortable tbody tr:visible td:first-child").all_inner_texts())
+
+    def press(name: str, key: str) -> str:
+        page.get_by_role("button", name=name, exact=True).focus()
+        page.keyboard.press(key)
+        return rows()
+
+    assert rows() == "abcde"
+    assert page.locator("th[aria-sort]").count() == 0
+    # As numbers, not as text; what is blank comes last whichever way it is sorted.
+    assert press("kl", "Enter") == "baecd"
+    assert press("kl", "Enter") == "ceabd"
+    assert press("recovered", "Space") == "daebc"
+    assert press("rank", "Enter") == "acbed"
+    assert press("rank", "Space") == "ebcad"
+    marked = page.locator("th[aria-sort]")
+    assert marked.count() == 1 and marked.inner_text().strip() == "rank"
+    assert marked.get_attribute("aria-sort") == "descending"
+    assert press("method", "Enter") == "abcde"
+    assert page.locator("table.sortable td").nth(3).inner_text() == "2", "a rank is a whole number"
+    page.get_by_role("searchbox", name="Filter rows").focus()
+    page.keyboard.type("20,000 C")
+    assert rows() == "c"
+    assert "1 of 5 rows" in page.locator("output").inner_text()
+    # The table scrolls in a box of its own, which the keyboard can reach; the page does not.
+    box = page.get_by_role("region", name="A <small> table")
+    assert box.get_attribute("tabindex") == "0"
+    assert box.evaluate("box => box.scrollWidth > box.clientWidth")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()

@@ -10,8 +10,18 @@ import pytest
 import torch
 from conftest import same
 
+from chassis_utils import Adapter, LanguageModel, Probes, SyntheticExpert, evaluate
 from chassis_utils.errors import ChassisError
-from chassis_utils.records import FIELDS, Records, forget, read_records, reported
+from chassis_utils.records import (
+    FIELDS,
+    TABLE,
+    Records,
+    forget,
+    read_records,
+    reported,
+    results_table,
+    write_table,
+)
 
 
 def sweep(
@@ -192,3 +202,75 @@ def test_the_study_is_quoted_by_name() -> None:
         reported("final")
     with pytest.raises(ChassisError, match="reports nothing as 'source'"):
         reported("source")
+
+
+def test_the_table_gives_back_what_evaluate_measured(
+    tmp_path: Path, base: LanguageModel, synthetic: SyntheticExpert, unseen: Probes
+) -> None:
+    exact = Adapter.exact(base, synthetic)
+    probes = [unseen, Probes("late", "val", unseen.prompts[:9])]
+    frame = evaluate(base, synthetic, [exact.at_rank(r).named("exact") for r in (1, 4)], probes, positions="all")
+    records = Records(tmp_path, experiment="exact_adapter", notebook="01", seed=3)
+    records.add_frame(frame, reported=lambda row: 0.25 if row["method"] == "exact" and row["rank"] == 4 else None)
+    records.save()
+    table = results_table(tmp_path)
+    pd.testing.assert_frame_equal(table, results_table(read_records(tmp_path / "results.jsonl")))
+    assert tuple(table.columns) == TABLE and len(table) == len(frame) == 6
+    renamed = frame.rename(columns={"kl_identity": "identity"}).reset_index(drop=True)
+    figures = ["kl", "kl_low", "kl_high", "identity", "recovered", "recovered_low", "recovered_high"]
+    names = ["method", "split", "probes", "n", "rank", "layer", "top1_agreement", "bits_per_byte"]
+    pd.testing.assert_frame_equal(table[figures + names], renamed[figures + names], check_dtype=False)
+    assert table.loc[table["rank"] == 4, "reported"].tolist() == [0.25, 0.25]
+    assert table.loc[table["rank"].isna() | (table["rank"] == 1), "reported"].isna().all()
+
+
+def test_each_row_of_the_table_has_the_identity_of_its_own_probes(tmp_path: Path) -> None:
+    wanted = {}
+    for i, experiment in enumerate(("exact_adapter", "stress_test")):
+        records = Records(tmp_path, experiment=experiment, notebook=experiment, base="b", n=8)
+        for j, expert in enumerate(("synthetic", "pocket-math")):
+            for k, (split, probes) in enumerate((("test", "mixed"), ("test", "math"), ("text", "mixed"))):
+                names = {"expert": expert, "split": split, "probes": probes}
+                wanted[experiment, expert, split, probes] = bare = 1 + i / 10 + j / 100 + k / 1000
+                records.add(metric="kl", value=0.5, method="v1", rank=2, low=0.4, high=0.6, **names)
+                records.add(metric="kl", value=bare, method="identity", **names)
+                records.add(metric="coverage", value=0.1, method="v1", **names)
+        records.add(metric="kl", value=0.7, method="v1", rank=2, expert="no baseline", split="test", probes="mixed")
+        records.save()
+    table = results_table(tmp_path)
+    assert len(table) == 2 * (6 * 2 + 1), "coverage is no row of its own"
+    lone = table["expert"] == "no baseline"
+    assert table.loc[lone, "identity"].isna().all() and lone.sum() == 2
+    for row in table[~lone].itertuples():
+        assert row.identity == wanted[row.experiment, row.expert, row.split, row.probes]
+    assert set(table.loc[table["method"].eq("v1") & ~lone, "kl_low"]) == {0.4}
+
+
+def test_the_table_is_written_as_csv_and_latex(tmp_path: Path) -> None:
+    records = sweep(tmp_path, value=1 / 3)
+    records.add(metric="kl", value=1e-17, method="50% & more_of #1", split="test", rank=1, layer=6, n=512)
+    records.add(metric="kl", value=0.5, method="identity", split="test", n=512)
+    records.save()
+    table = write_table(tmp_path)
+    back = pd.read_csv(tmp_path / "results.csv")
+    pd.testing.assert_frame_equal(back.astype(table.dtypes.to_dict()), table, check_exact=True)
+    latex = (tmp_path / "results.tex").read_text()
+    lines = [line for line in latex.splitlines() if line.startswith("final\\_adapter\\_rank\\_sweep & pocket-base &")]
+    assert len(lines) == len(table) == 4
+    assert all(line.count(" & ") == len(TABLE) - 1 and line.endswith(r"\\") for line in lines)
+    assert r"50\% \& more\_of \#1" in latex and r"top1\_agreement" in latex and "nan" not in latex.lower()
+    assert latex.startswith(r"\begin{longtable}") and r"\toprule" in latex and r"\bottomrule" in latex
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_no_table_is_written_of_damaged_records(tmp_path: Path) -> None:
+    sweep(tmp_path).save()
+    write_table(tmp_path)
+    before = (tmp_path / "results.csv").read_text()
+    path = tmp_path / "results.jsonl"
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(ChassisError, match="half-written"):
+        write_table(tmp_path)
+    assert (tmp_path / "results.csv").read_text() == before
+    with pytest.raises(ChassisError, match="no records at"):
+        results_table(tmp_path / "nowhere")
