@@ -66,8 +66,8 @@ def evaluate(
         adapter: one adapter or several; all are judged from the same forward passes.
         probes: probe sets, or activations of them already harvested (no forward pass then).
         positions: for probe sets, `last` or `all`; `all` for real text unless given.
-        bare: for an edited base, activations of the bare one on the same probes, in the same order, if there already:
-            the identity is always the bare base.
+        bare: where the base (or its states) were edited, activations of the bare one on the same probes, in the same
+            order; harvested if not given. The identity is always the bare base.
         allow_overlap: accept prompts that the adapter was fitted on, outside the split `train`.
 
     Returns:
@@ -96,10 +96,10 @@ def evaluate(
             raise ChassisError(
                 f"these activations are of {given.base.name} and {given.expert.name}: harvest for this pair"
             )
-        plain = given
-        if base.edits:
-            here = (base.bare, expert, given.probes, given.positions, [-1])
-            plain = bare[place] if place < len(bare) else harvest(*here, progress=False)
+        plain = bare[place] if place < len(bare) else given
+        if plain.base.edits:
+            plain = harvest(base.bare, expert, given.probes, given.positions, [-1], progress=False)
+        if plain is not given:
             if plain.base.edits or plain.probes.digest != given.probes.digest or len(plain) != len(given):
                 raise ChassisError(f"bare[{place}] is not the bare base on '{given.probes.name}': give the same order")
         rows += _evaluate(given, adapters, plain.hidden[plain.final], allow_overlap)
