@@ -12,8 +12,8 @@ import torch
 import transformers as tf
 
 from chassis_utils import Activations, ChassisError, LanguageModel, Probes, SyntheticExpert, harvest, load
-from chassis_utils.recipe import llama_tokenizer
 from chassis_utils.records import _label, _missing
+from pocket_recipe import llama_tokenizer
 
 VOCAB = 400
 WORDS = [

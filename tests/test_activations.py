@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chassis_utils import Activations, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load
-from chassis_utils.recipe import gpt2_tokenizer, llama_tokenizer
+from pocket_recipe import gpt2_tokenizer, llama_tokenizer
 
 FIGURES = ["kl", "kl_identity", "recovered", "top1_agreement", "bits_per_byte"]
 METHODS = ("v1", "rrr", "lens")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from chassis_utils import Activations, Adapter, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load
 from chassis_utils.metrics import kl
-from chassis_utils.recipe import gpt2_tokenizer
+from pocket_recipe import gpt2_tokenizer
 
 TEXTS = ("The river rises in the hills, naïve and cold.", "24 - 9 = 15 rolls are left — 東京.")
 

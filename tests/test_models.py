@@ -14,7 +14,7 @@ from conftest import VOCAB, WORDS, make, refused
 from safetensors.torch import load_file, save_file
 
 from chassis_utils import LanguageModel, load
-from chassis_utils.recipe import gpt2_tokenizer, llama_tokenizer
+from pocket_recipe import gpt2_tokenizer, llama_tokenizer
 
 IDS = torch.tensor([[1, 260, 270, 280, 290]])
 
