@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from .errors import ChassisError
 from .experts import SyntheticExpert
 from .models import LanguageModel
 from .probes import Probes, probe_set
+from .records import replacing
 
 Expert = LanguageModel | SyntheticExpert
 
@@ -332,13 +332,8 @@ def _make(folder: str | Path) -> Path:
 
 
 def _write(tensors: dict[str, torch.Tensor], path: Path, meta: dict[str, str]) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata=meta)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise ChassisError(f"cannot write {path} ({error}): check the folder and the disk") from error
     return path
 
 

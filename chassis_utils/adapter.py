@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from .activations import Activations
 from .errors import ChassisError
 from .experts import SyntheticExpert
 from .models import LanguageModel
+from .records import replacing
 from .solve import Gram, low_rank, ridge
 
 FORMAT = 1
@@ -141,17 +140,10 @@ class Adapter:
         }
         plain = {"format": FORMAT} | {k: v for k, v in plain.items() if k not in ("columns", "values", "fitted_on")}
         text = json.dumps(plain, indent=1) + "\n"
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-        try:
+        with replacing(folder) as temporary:
             temporary.mkdir(parents=True)
             save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary / "adapter.safetensors")
             (temporary / "adapter.json").write_text(text)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(temporary, folder)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise ChassisError(f"cannot write {folder} ({error.strerror}): choose another folder") from error
         return folder
 
     @classmethod

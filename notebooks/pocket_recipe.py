@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase as TokenizerBase
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from chassis_utils import ChassisError
-from chassis_utils.records import replace_text
+from chassis_utils.records import replace_text, replacing
 
 CONTEXT = 256
 
@@ -506,14 +506,11 @@ def publish(out_dir: str | Path, corpora: dict[str, list[str]], package: str | P
         tokenizer = FastTokenizer.from_pretrained(folder)
         figures[name] = {domain: round(bits_per_byte(model, tokenizer, texts), 4) for domain, texts in corpora.items()}
     for name, plan in PLANS.items():
-        temporary, final = Path(package) / f".{name}.tmp", Path(package) / name
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(Path(out_dir) / name, temporary)
-        report = json.loads((temporary / "training.json").read_text()) | {"test": figures[name]}
-        (temporary / "training.json").write_text(json.dumps(report, indent=1) + "\n")
-        (temporary / "README.md").write_text(_card(plan, report, figures["pocket-base"]))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
+        report = json.loads((Path(out_dir) / name / "training.json").read_text()) | {"test": figures[name]}
+        with replacing(Path(package) / name) as temporary:
+            shutil.copytree(Path(out_dir) / name, temporary)
+            (temporary / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+            (temporary / "README.md").write_text(_card(plan, report, figures["pocket-base"]))
     return figures
 
 

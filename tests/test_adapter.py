@@ -1,6 +1,9 @@
 """Adapters: the closed forms against a literal reading of the study, cuts, folders, refusals."""
 
+import errno
 import json
+import os
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -247,6 +250,36 @@ def test_what_cannot_be_written_leaves_nothing_behind(activations: Activations, 
     with pytest.raises(Exception, match="object"):
         odd.save(saved)
     assert [p.name for p in saved.parent.iterdir()] == ["adapter"] and Adapter.load(saved).rank == 2
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(
+    activations: Activations, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, rename = fit(activations, "v1", rank=5), os.replace
+
+    def stopped(source: Path, target: Path) -> None:
+        if ".tmp" in str(source):
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", stopped)
+        with refused(str(saved), "cannot write", "Input/output error"):
+            other.save(saved)
+    assert Adapter.load(saved).method == "rrr" and [p.name for p in saved.parent.iterdir()] == ["adapter"]
+    # A disk that is full fails inside safetensors.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with refused(str(saved), "cannot write"):
+            other.save(saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert Adapter.load(saved).method == "rrr" and [p.name for p in saved.parent.iterdir()] == ["adapter"]
+    # Through a link, the folder that it leads to.
+    (saved.parent / "link").symlink_to(saved)
+    other.save(saved.parent / "link")
+    assert Adapter.load(saved).method == "v1" and (saved.parent / "link").is_symlink()
 
 
 def _json(change: dict) -> object:
