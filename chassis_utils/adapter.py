@@ -232,9 +232,11 @@ def fit(
 
     Raises:
         ChassisError: unknown method or option, layer not harvested, rank 0 or above the dimension, K above the
-            vocabulary, or a singular system.
+            vocabulary, a singular system, or a map that is not finite.
     """
-    if method not in METHODS:
+    if not isinstance(activations, Activations):
+        raise ChassisError(f"activations is a {type(activations).__name__}: give what harvest returns")
+    if not isinstance(method, str) or method not in METHODS:
         raise ChassisError(f"no method '{method}': choose from {', '.join(sorted(METHODS))}")
     function = METHODS[method]
     known = function.__code__.co_varnames[3 : function.__code__.co_argcount + function.__code__.co_kwonlyargcount]
@@ -257,7 +259,10 @@ def fit(
         "expert_revision": expert.revision,
     }
     adapter = replace(adapter, method=method, info=info, fitted_on=activations.probes.fingerprints).to(base.device)
-    adapter._check()
+    try:
+        adapter._check()
+    except ValueError as error:
+        raise ChassisError(f"method {method} gives NaN or infinity at layer {layer}: try a larger lam") from error
     return adapter if rank is None else adapter.at_rank(rank)
 
 

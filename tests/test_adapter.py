@@ -345,6 +345,8 @@ def test_an_adapter_of_another_base_is_refused(saved: Path, expert: LanguageMode
     ("method", "options", "words"),
     [
         ("abacus", {}, ("abacus", "rrr", "v1")),
+        (["rrr"], {}, ("['rrr']", "rrr", "v1")),
+        (None, {}, ("None", "rrr", "v1")),
         ("rrr", {"top_k": 5}, ("rrr", "top_k")),
         ("v1", {"topk": 5}, ("v1", "topk", "top_k")),
         ("v1", {"top_k": 0}, ("top_k = 0",)),
@@ -355,9 +357,22 @@ def test_an_adapter_of_another_base_is_refused(saved: Path, expert: LanguageMode
         ("rrr", {"lam": -1}, ("lam = -1",)),
     ],
 )
-def test_wrong_fits_are_refused(activations: Activations, method: str, options: dict, words: tuple[str, ...]) -> None:
+def test_wrong_fits_are_refused(
+    activations: Activations, method: object, options: dict, words: tuple[str, ...]
+) -> None:
     with refused(*words):
         fit(activations, method, **options)
+
+
+@pytest.mark.parametrize("wrong", ["pocket-base", None, 3])
+def test_what_is_no_activations_is_refused(wrong: object) -> None:
+    with refused("activations", type(wrong).__name__, "harvest"):
+        fit(wrong)
+
+
+def test_a_map_that_is_not_finite_is_refused(activations: Activations) -> None:
+    with refused("rrr", "infinity", "layer -1"):
+        fit(replace(activations, expert_hidden=activations.expert_hidden * 1e38))
 
 
 def few(activations: Activations, n: int) -> Activations:
