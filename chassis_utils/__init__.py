@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .models import LanguageModel, bundled, load
     from .probes import Probes, passages, probe_set
     from .records import Records, read_records, results_table, write_table
-    from .refine import refine
+    from .refinement import refine
     from .solve import Gram, ridge
 
 __version__ = "0.1.0"
@@ -26,7 +26,7 @@ _HOMES = {
     "models": ("LanguageModel", "bundled", "load"),
     "probes": ("Probes", "passages", "probe_set"),
     "records": ("Records", "read_records", "results_table", "write_table"),
-    "refine": ("refine",),
+    "refinement": ("refine",),
     "solve": ("Gram", "ridge"),
 }
 __all__ = sorted(name for names in _HOMES.values() for name in names)

@@ -219,6 +219,69 @@ def _(e: Evidence) -> str:
     return "artefact" if max(v1) < 0 and min(test + text) > 0 else "open"
 
 
+def _real(e: Evidence) -> str:
+    """The expert that is a model; LookupError if only synthetic ones were recorded."""
+    named = [x for x in e.frame["expert"].dropna().unique() if not x.startswith("synthetic")]
+    if not named:
+        raise LookupError("no expert that is a model")
+    return named[0]
+
+
+@rule(
+    "stacked_adapters",
+    "Adapters at several layers in one pass end far from the expert (KL 41): middle layers hurt.",
+    "Holds if, with edits that flow through the later layers, the last adapter recovers no more of a real expert on "
+    "held-out text after any edit on the way than without one. An artefact if it recovers more, and if in the study's "
+    "way leaving the middle layers out changes no KL by a billionth, and a pseudo-inverse in place of the head's "
+    "transpose recovers more on test. Otherwise open.",
+)
+def _(e: Evidence) -> str:
+    where = {"expert": _real(e), "split": "text"}
+    alone = e.all("recovered", "rrr", **where)[0]
+    best = max(x for m in ("descent_rrr", "descent_rrr_stack") for x in e.all("recovered", m, **where))
+    pairs = [[e.all("kl", m, split=s)[0] for m in ("as_reported", "without_middle")] for s in HELD_OUT]
+    transposed, inverted = (e.all("recovered", m, split="test")[0] for m in ("as_reported", "pseudo_inverse"))
+    if best <= alone:
+        return "holds"
+    idle = all(abs(x - y) <= 1e-9 * x for x, y in pairs)
+    return "artefact" if idle and inverted > transposed else "open"
+
+
+@rule(
+    "hidden_to_hidden",
+    "A regression from hidden state to hidden state fails, at every rank (KL above 1).",
+    "Holds if the difference of hidden states, fitted at the expert's rank, leaves half of the identity KL on test. An "
+    "artefact, of adding the state twice, if on every held-out split it leaves at most a millionth, while the study's "
+    "full map is worse than no adapter on test and the same map without the second state recovers at least 0.9 there. "
+    "Otherwise open. On the synthetic expert.",
+)
+def _(e: Evidence) -> str:
+    e.all("kl", "exact", split="test")
+    own = e.frame[e.frame["method"] == "exact"].iloc[0]
+    where = {"expert": own["expert"]}
+    left = [1 - e.all("recovered", "hidden", split=s, rank=own["rank"], **where)[0] for s in HELD_OUT]
+    doubled, once = (_top(e, m, "test", **where) for m in ("as_reported", "aligned"))
+    if left[0] > 0.5:
+        return "holds"
+    return "artefact" if max(left) <= 1e-6 and doubled < 0 and once >= 0.9 else "open"
+
+
+@rule(
+    "gradient_refinement",
+    "Refining the closed form by gradients destroys it (KL 8.98 on test after 50 epochs).",
+    "Holds if the optimum that L-BFGS finds from the same start is also no better than the start on test. An artefact "
+    "of the step if it is better, no step of Böhning's raises the training KL, and Adam ends below the training KL of "
+    "its start at the best step size that was tried and above it at the largest. Otherwise open.",
+)
+def _(e: Evidence) -> str:
+    start, optimum = (e.all("kl", m, split="test")[0] for m in ("v1", "lbfgs"))
+    begin, best, largest = (e.all("kl", m, split="train")[0] for m in ("v1", "adam", "adam_1e+00"))
+    rise = e.all("ratio", "bohning", split="train")[0]
+    if optimum >= start:
+        return "holds"
+    return "artefact" if rise <= 1 and best < begin < largest else "open"
+
+
 @rule(
     "comparison",
     "Of the three, v1 is best: hidden-space regression fails and refinement destroys.",

@@ -76,6 +76,32 @@ def middle() -> Figures:
     return figures
 
 
+def stacked() -> Figures:
+    figures = recovered("rrr", "text", 0.3) | recovered("descent_rrr_stack", "text", 0.25)
+    for layer in (0, 2):
+        figures |= recovered("descent_rrr", "text", 0.2, layer)
+    for split in HELD_OUT:
+        figures |= {("kl", m, split, None, None): 40.0 for m in ("as_reported", "without_middle")}
+    return figures | recovered("as_reported", "test", -9.0) | recovered("pseudo_inverse", "test", 0.9)
+
+
+def hidden() -> Figures:
+    """Rank 6 is the expert's own."""
+    figures: Figures = {("kl", "exact", "test", None, 6): 1e-9}
+    for split in HELD_OUT:
+        figures |= recovered("hidden", split, 0.4, rank=6) | recovered("hidden", split, 0.1, rank=3)
+    figures |= recovered("as_reported", "test", 0.5, rank=3) | recovered("as_reported", "test", -2.0, rank=192)
+    return figures | recovered("aligned", "test", 0.99, rank=192)
+
+
+def refinement() -> Figures:
+    values = {("v1", "test"): 0.2, ("lbfgs", "test"): 0.4, ("v1", "train"): 0.3}
+    values |= {("adam", "train"): 0.29, ("adam_1e+00", "train"): 5.0}
+    return {("kl", *key, None, None): x for key, x in values.items()} | {
+        ("ratio", "bohning", "train", None, None): 0.99
+    }
+
+
 def comparison() -> Figures:
     """In the order of the study: a before b before c, mended or not."""
     figures: Figures = {}
@@ -92,8 +118,12 @@ HOLDING: dict[str, Callable[[], Figures]] = {
     "layerwise_tuned_lens": lenses,
     "final_adapter_rank_sweep": sweep,
     "multi_layer_rank_sweep": middle,
+    "stacked_adapters": stacked,
+    "hidden_to_hidden": hidden,
+    "gradient_refinement": refinement,
     "comparison": comparison,
 }
+EXACT: Figures = {("recovered", "hidden", s, None, 6): 1 - 1e-9 for s in HELD_OUT}
 T = ("recovered", "as_reported")
 #: Experiment, verdict, the records that differ from those that hold.
 CHANGES: list[tuple[str, str, Figures]] = [
@@ -139,6 +169,33 @@ CHANGES: list[tuple[str, str, Figures]] = [
         "multi_layer_rank_sweep",
         "open",
         {("recovered", "rrr_text", "text", layer, 16): 0.6 for layer in (2, 4)} | {(*T, "test", 2, 16): 0.1},
+    ),
+    ("stacked_adapters", "artefact", recovered("descent_rrr", "text", 0.31, 2)),
+    ("stacked_adapters", "artefact", recovered("descent_rrr_stack", "text", 0.31)),
+    (
+        "stacked_adapters",
+        "open",
+        recovered("descent_rrr", "text", 0.31, 2) | {("kl", "without_middle", "text", None, None): 39.0},
+    ),
+    (
+        "stacked_adapters",
+        "open",
+        recovered("descent_rrr", "text", 0.31, 2) | recovered("pseudo_inverse", "test", -10.0),
+    ),
+    ("hidden_to_hidden", "artefact", EXACT),
+    ("hidden_to_hidden", "open", EXACT | recovered("hidden", "text", 0.99, rank=6)),
+    ("hidden_to_hidden", "open", EXACT | {(*T, "test", None, 192): 0.1}),
+    ("hidden_to_hidden", "open", EXACT | recovered("aligned", "test", 0.5, rank=192)),
+    ("gradient_refinement", "artefact", {("kl", "lbfgs", "test", None, None): 0.1}),
+    (
+        "gradient_refinement",
+        "open",
+        {("kl", "lbfgs", "test", None, None): 0.1, ("ratio", "bohning", "train", None, None): 1.01},
+    ),
+    (
+        "gradient_refinement",
+        "open",
+        {("kl", "lbfgs", "test", None, None): 0.1, ("kl", "adam_1e+00", "train", None, None): 0.2},
     ),
     ("comparison", "artefact", {("recovered", f"mended_{m}", "test", None, 8): 0.5 for m in "bc"}),
     ("comparison", "artefact", {("recovered", "as_reported_a", "test", None, 8): -3.0}),

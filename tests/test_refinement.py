@@ -1,0 +1,72 @@
+"""Iterations from an adapter: what each promises, against the definition."""
+
+import pytest
+import torch
+from conftest import refused
+
+from chassis_utils import Activations, Adapter, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, refine
+from chassis_utils.metrics import kl
+from chassis_utils.refinement import REFINERS
+
+
+@pytest.fixture(scope="module")
+def rows(base: LanguageModel, expert: LanguageModel, prompts: Probes) -> Activations:
+    return harvest(base, expert, prompts, "all", [-1], progress=False)
+
+
+@pytest.mark.parametrize("how", sorted(REFINERS))
+def test_a_course_begins_at_the_start_and_ends_at_what_is_returned(rows: Activations, how: str) -> None:
+    start = fit(rows, "v1", 4)
+    refined, course = refine(rows, start, how, steps=4, rate=1e-3)
+    assert course["step"].tolist() == [0, 1, 2, 3, 4] and course["seconds"].is_monotonic_increasing
+    for adapter, value in ((start, course["kl"][0]), (refined, course["kl"][4])):
+        ours = adapter.logits(rows.base, rows.hidden)
+        wanted = float(kl(rows.expert.readout(rows.expert_hidden), ours).mean())
+        assert value == pytest.approx(wanted, abs=1e-5)
+    assert course["kl"][4] < course["kl"][0] and refined.method == how
+
+
+@pytest.mark.parametrize("how", ["bohning", "accelerated"])
+@pytest.mark.parametrize("method", ["v1", "rrr", "ridge"])
+def test_a_step_of_bohning_never_raises_the_kl(rows: Activations, how: str, method: str) -> None:
+    course = refine(rows, fit(rows, method, 4), how, steps=25)[1]
+    assert (course["kl"].diff().dropna() <= 1e-7).all()
+
+
+def test_every_way_down_ends_above_the_optimum_and_lbfgs_is_nearest(rows: Activations) -> None:
+    start = fit(rows, "rrr", 4)
+    ends = {how: refine(rows, start, how, steps=30)[1]["kl"].iloc[-1] for how in ("bohning", "accelerated", "lbfgs")}
+    optimum = refine(rows, start, "lbfgs", steps=120)[1]["kl"].iloc[-1]
+    assert optimum <= ends["lbfgs"] < ends["accelerated"] < ends["bohning"]
+
+
+def test_the_optimum_is_the_same_from_every_start(base: LanguageModel, expert: LanguageModel, prompts: Probes) -> None:
+    # More rows than dimensions, and targets no linear map reaches: one minimum.
+    rows = harvest(base, expert, prompts, "all", [-1], progress=False)
+    ends = [refine(rows, fit(rows, m, 4), "lbfgs", steps=150)[1]["kl"].iloc[-1] for m in ("v1", "rrr")]
+    assert ends[0] == pytest.approx(ends[1], rel=2e-2)
+
+
+def test_an_expert_in_the_family_is_found(base: LanguageModel, synthetic: SyntheticExpert, prompts: Probes) -> None:
+    rows = harvest(base, synthetic, prompts, "all", [-1], progress=False)
+    start = fit(rows, "v1", 4)
+    refined = refine(rows, start, "lbfgs", steps=100)[0]
+    assert evaluate(base, synthetic, refined, rows)["recovered"].iloc[-1] > 0.95
+
+
+def test_a_refined_adapter_still_knows_what_it_was_fitted_on(rows: Activations, tmp_path: object) -> None:
+    refined = refine(rows, fit(rows, "v1", 4), "bohning", steps=1)[0]
+    assert refined.fitted_on == rows.probes.fingerprints
+    again = Adapter.load(refined.save(f"{tmp_path}/kept"), rows.base)
+    assert torch.equal(again.up, refined.up)
+
+
+def test_what_cannot_be_refined_is_said(rows: Activations, activations: Activations) -> None:
+    start = fit(rows, "rrr", 4)
+    with refused("newton", "bohning", "lbfgs"):
+        refine(rows, start, "newton")
+    with refused("steps = 0"):
+        refine(rows, start, "bohning", steps=0)
+    for wrong in (fit(rows, "lens"), fit(activations, "rrr", layer=1), start.into_hidden(rows.base)):
+        with refused(wrong.method, "final layer"):
+            refine(rows, wrong, "bohning")
