@@ -132,6 +132,15 @@ def _finish(figure: go.Figure, title: str, alt: str, above: int = 0, **layout: A
         title_pad_t=10 + 9 * (len(lines) - 1), margin_t=22 + 18 * len(lines) + above, meta={"alt": alt}, **layout)
 
 
+def _menu(controls: dict[str, list[dict[str, Any]]], active: str, left: float, lift: int) -> dict[str, Any]:
+    """A dropdown above the plot, `left` pixels from its corner: label -> what `update` is called with."""
+    # Dark on light in either theme: plotly paints the entry under the pointer in a fixed pale colour.
+    return {"active": [*controls].index(active), "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom",
+            "pad": {"l": left, "b": lift}, "bgcolor": "#EEF1F4", "bordercolor": GREY,
+            "font": {"size": 11, "color": "#1F2328"},
+            "buttons": [{"label": name, "method": "update", "args": args} for name, args in controls.items()]}
+
+
 def _sweep(frame: pd.DataFrame, reported: pd.DataFrame | None, x: str, by: str, title: str, alt: str | None,
            quantity: str, split: str | None, lift: int = 8) -> tuple[go.Figure, list[float]]:
     """Lines over column `x`, one a method, with dropdowns for column `by`, for the split and for the quantity.
@@ -193,12 +202,7 @@ def _sweep(frame: pd.DataFrame, reported: pd.DataFrame | None, x: str, by: str, 
             ([quantity], {name: [{"y": [_numbers(group[spec[0]]) for group in groups]}, axes[name]]
                           for name, spec in quantities.items()})):
         if len(controls) > 1:
-            # Dark on light in either theme: plotly paints the entry under the pointer in a fixed pale colour.
-            menus.append({
-                "active": [*controls].index(*start), "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom",
-                "pad": {"l": left, "b": lift}, "bgcolor": "#EEF1F4", "bordercolor": GREY,
-                "font": {"size": 11, "color": "#1F2328"},
-                "buttons": [{"label": name, "method": "update", "args": args} for name, args in controls.items()]})
+            menus.append(_menu(controls, *start, left, lift))
             left += 6.2 * max(map(len, controls)) + 42
     best = ours[ours["split"] == split].nsmallest(1, "kl")
     lowest = [f" The lowest is {style(row.method)[0]} at {_figures(row.kl)}." for row in best.itertuples()]
@@ -256,6 +260,68 @@ def kl_vs_depth(frame: pd.DataFrame, reported: pd.DataFrame | None = None,
                                      "showgrid": False, "tickmode": "auto",
                                      "range": [-0.04 * reported_layers, 1.04 * reported_layers], "nticks": 8})
     return figure
+
+
+def phase_diagram(frame: pd.DataFrame, title: str = "Recovered share over the ranks of expert and adapter",
+                  alt: str | None = None, method: str | None = None, split: str | None = None) -> go.Figure:
+    """Recovered share as a map: adapter rank across, expert rank up, a slider over n_train, menus for method and split.
+
+    As in `kl_vs_rank` each control owns one attribute: the slider `visible`, the method `xaxis`, the split `yaxis`.
+
+    Args:
+        frame: what `evaluate` returned for several experts, with columns `expert_rank` and `n_train`.
+        title: what the figure shows.
+        alt: alternative text; written from the figures if not given.
+        method: shown first; the last of the frame if not given.
+        split: shown first; "test" if there is one.
+
+    Raises:
+        ChassisError: nothing to draw, a column is missing, one place is measured twice, or an unknown choice.
+    """
+    keys, by = ["expert_rank", "rank"], ["method", "split", "n_train"]
+    shown = ["kl", "kl_identity", "recovered", "n", "recovered_low", "recovered_high"]
+    rows = _measured(frame, [*by, *keys, *shown]).query("method != 'identity' and recovered.notna()")
+    if rows.empty or rows.duplicated(by + keys).any():
+        raise ChassisError("the frame holds no share to draw, or two for one place: one seed and one strength a figure")
+    methods, splits, sizes = [*rows["method"].unique()], [*rows["split"].unique()], sorted(rows["n_train"].unique())
+    first = {"method": method or methods[-1], "split": split or ("test" if "test" in splits else splits[0])}
+    for name, known in (("method", methods), ("split", splits)):
+        if first[name] not in known:
+            raise ChassisError(f"no {name} {first[name]!r} was measured: choose one of {', '.join(known)}")
+    (up, across), figure = ([*map(int, sorted(rows[key].unique()))] for key in keys), go.Figure()
+    for (name, where, size), group in rows.groupby(by, sort=False):
+        cells = group.set_index(keys)[shown].reindex(pd.MultiIndex.from_product([up, across]))
+        told = [[*place, *_numbers(cell)] for place, cell in zip(cells.index, cells.to_numpy(float), strict=True)]
+        told = [told[i:i + len(across)] for i in range(0, len(told), len(across))]
+        figure.add_heatmap(
+            z=[[cell[4] for cell in line] for line in told], customdata=told, meta=[name, where, size],
+            text=[[_figures(100 * cell[4]) if cell[4] is not None else "" for cell in line] for line in told],
+            texttemplate="%{text}", coloraxis="coloraxis", visible=size == sizes[-1], xgap=2, ygap=2,
+            xaxis="x" if name == first["method"] else "x2", yaxis="y" if where == first["split"] else "y2",
+            hovertemplate=f"<b>{style(name)[0]}</b>, {where}, fitted on {size:g}<br>expert rank %{{customdata[0]}}, "
+                          "adapter rank %{customdata[1]}<br>recovered %{customdata[4]:.1%} (%{customdata[6]:.1%} to "
+                          "%{customdata[7]:.1%})<br>KL %{customdata[2]:.3g}, identity %{customdata[3]:.3g}, "
+                          "n = %{customdata[5]}<extra></extra>")
+    marks, menus, left = [trace.meta for trace in figure.data], [], -36.0
+    for place, axis, names in ((0, "xaxis", methods), (1, "yaxis", splits)):
+        known = {name: [{axis: [axis[0] if mark[place] == name else f"{axis[0]}2" for mark in marks]}] for name in names}
+        menus.append(_menu(known, [*first.values()][place], left, 8))
+        left += 6.2 * max(map(len, names)) + 42
+    steps = [{"label": f"{size:g}", "method": "update", "args": [{"visible": [mark[2] == size for mark in marks]}]}
+             for size in sizes]
+    now = rows[(rows[[*first]] == pd.Series(first)).all(axis=1) & (rows["n_train"] == sizes[-1])]["recovered"]
+    alt = alt or (f"Share of the identity KL recovered over expert rank and adapter rank: {style(first['method'])[0]} on "
+                  f"{first['split']}, fitted on {sizes[-1]:g}, from {now.min():.0%} to {now.max():.0%}.")
+    hidden, axes = {"visible": False, "range": [1e9, 1.001e9], "fixedrange": True}, {"showgrid": False, "ticks": ""}
+    labels = [{"tickvals": [*range(len(ranks))], "ticktext": [*map(str, ranks)]} | axes for ranks in (across, up)]
+    return _finish(
+        figure, title, alt, above=38, height=460, updatemenus=menus, xaxis2=hidden | {"overlaying": "x"},
+        yaxis2=hidden | {"overlaying": "y"}, xaxis=labels[0] | {"title_text": "adapter rank"},
+        yaxis=labels[1] | {"title_text": "expert rank"}, margin_b=120,
+        sliders=[{"active": len(sizes) - 1, "steps": steps, "pad": {"t": 50}, "currentvalue": {"prefix": "fitted on N = "}}],
+        # Worse than no adapter orange, no adapter pale, all recovered blue: told apart with any colour sense.
+        coloraxis={"cmin": -1, "cmax": 1, "colorscale": [[0, PALETTE[1]], [0.5, "#F3F1EC"], [1, PALETTE[0]]],
+                   "colorbar": {"thickness": 8, "tickformat": ".0%", "tickvals": [-1, 0, 1], "outlinewidth": 0}})
 
 
 def _choice(frame: pd.DataFrame, methods: Sequence[str], rank: int | None = None, layer: int | None = None
