@@ -78,13 +78,13 @@ class Activations:
         return self.hidden[number]
 
     def subset(self, n: int, first: int = 0) -> Activations:
-        """n prompts only, from number `first` on.
+        """Only n of the prompts, from number `first` on.
 
         Raises:
             ChassisError: there are not that many.
         """
         if not (0 <= first and 1 <= n <= len(self.probes) - first):
-            raise ChassisError(f"n = {n} from {first} is outside the {len(self.probes)} prompts of '{self.probes.name}'")
+            raise ChassisError(f"n = {n} from {first}: outside the {len(self.probes)} prompts of '{self.probes.name}'")
         if self.positions == "all":
             raise ChassisError("a part of the prompts has other bytes: harvest that part instead")
         part = slice(first, first + n)

@@ -263,17 +263,12 @@ def kl_vs_depth(frame: pd.DataFrame, reported: pd.DataFrame | None = None,
 
 
 def phase_diagram(frame: pd.DataFrame, title: str = "Recovered share over the ranks of expert and adapter",
-                  alt: str | None = None, method: str | None = None, split: str | None = None) -> go.Figure:
+                  alt: str | None = None, method: str = "rrr", split: str = "test") -> go.Figure:
     """Recovered share as a map: adapter rank across, expert rank up, a slider over n_train, menus for method and split.
 
     As in `kl_vs_rank` each control owns one attribute: the slider `visible`, the method `xaxis`, the split `yaxis`.
-
-    Args:
-        frame: what `evaluate` returned for several experts, with columns `expert_rank` and `n_train`.
-        title: what the figure shows.
-        alt: alternative text; written from the figures if not given.
-        method: shown first; the last of the frame if not given.
-        split: shown first; "test" if there is one.
+    `frame` is what `evaluate` returned for several experts, with columns `expert_rank` and `n_train`; `method` and
+    `split` are shown first.
 
     Raises:
         ChassisError: nothing to draw, a column is missing, one place is measured twice, or an unknown choice.
@@ -282,44 +277,43 @@ def phase_diagram(frame: pd.DataFrame, title: str = "Recovered share over the ra
     shown = ["kl", "kl_identity", "recovered", "n", "recovered_low", "recovered_high"]
     rows = _measured(frame, [*by, *keys, *shown]).query("method != 'identity' and recovered.notna()")
     if rows.empty or rows.duplicated(by + keys).any():
-        raise ChassisError("the frame holds no share to draw, or two for one place: one seed and one strength a figure")
-    methods, splits, sizes = [*rows["method"].unique()], [*rows["split"].unique()], sorted(rows["n_train"].unique())
-    first = {"method": method or methods[-1], "split": split or ("test" if "test" in splits else splits[0])}
-    for name, known in (("method", methods), ("split", splits)):
-        if first[name] not in known:
-            raise ChassisError(f"no {name} {first[name]!r} was measured: choose one of {', '.join(known)}")
-    (up, across), figure = ([*map(int, sorted(rows[key].unique()))] for key in keys), go.Figure()
+        raise ChassisError("the frame holds no share to draw, or two for one place: draw one seed and strength")
+    names = {"method": [*rows["method"].unique()], "split": [*rows["split"].unique()]}
+    for (kind, known), choice in zip(names.items(), (method, split), strict=True):
+        if choice not in known:
+            raise ChassisError(f"no {kind} {choice!r} was measured: choose one of {', '.join(known)}")
+    up, across, sizes = (sorted(rows[key].unique()) for key in (*keys, "n_train"))
+    figure, menus, left = go.Figure(), [], -36.0
     for (name, where, size), group in rows.groupby(by, sort=False):
-        cells = group.set_index(keys)[shown].reindex(pd.MultiIndex.from_product([up, across]))
-        told = [[*place, *_numbers(cell)] for place, cell in zip(cells.index, cells.to_numpy(float), strict=True)]
-        told = [told[i:i + len(across)] for i in range(0, len(told), len(across))]
+        places = pd.MultiIndex.from_product([up, across], names=keys)
+        cells = group.set_index(keys).reindex(places).reset_index()[[*shown, *keys]].to_numpy(float)
+        lines = [[_numbers(cell) for cell in line] for line in cells.reshape(len(up), len(across), -1)]
         figure.add_heatmap(
-            z=[[cell[4] for cell in line] for line in told], customdata=told, meta=[name, where, size],
-            text=[[_figures(100 * cell[4]) if cell[4] is not None else "" for cell in line] for line in told],
-            texttemplate="%{text}", coloraxis="coloraxis", visible=size == sizes[-1], xgap=2, ygap=2,
-            xaxis="x" if name == first["method"] else "x2", yaxis="y" if where == first["split"] else "y2",
-            hovertemplate=f"<b>{style(name)[0]}</b>, {where}, fitted on {size:g}<br>expert rank %{{customdata[0]}}, "
-                          "adapter rank %{customdata[1]}<br>recovered %{customdata[4]:.1%} (%{customdata[6]:.1%} to "
-                          "%{customdata[7]:.1%})<br>KL %{customdata[2]:.3g}, identity %{customdata[3]:.3g}, "
-                          "n = %{customdata[5]}<extra></extra>")
-    marks, menus, left = [trace.meta for trace in figure.data], [], -36.0
-    for place, axis, names in ((0, "xaxis", methods), (1, "yaxis", splits)):
-        known = {name: [{axis: [axis[0] if mark[place] == name else f"{axis[0]}2" for mark in marks]}] for name in names}
-        menus.append(_menu(known, [*first.values()][place], left, 8))
-        left += 6.2 * max(map(len, names)) + 42
-    steps = [{"label": f"{size:g}", "method": "update", "args": [{"visible": [mark[2] == size for mark in marks]}]}
-             for size in sizes]
-    now = rows[(rows[[*first]] == pd.Series(first)).all(axis=1) & (rows["n_train"] == sizes[-1])]["recovered"]
-    alt = alt or (f"Share of the identity KL recovered over expert rank and adapter rank: {style(first['method'])[0]} on "
-                  f"{first['split']}, fitted on {sizes[-1]:g}, from {now.min():.0%} to {now.max():.0%}.")
-    hidden, axes = {"visible": False, "range": [1e9, 1.001e9], "fixedrange": True}, {"showgrid": False, "ticks": ""}
-    labels = [{"tickvals": [*range(len(ranks))], "ticktext": [*map(str, ranks)]} | axes for ranks in (across, up)]
+            z=[[cell[2] for cell in line] for line in lines], customdata=lines, meta=[name, where, size],
+            texttemplate="%{z:.0%}", coloraxis="coloraxis", xgap=2, ygap=2, visible=bool(size == sizes[-1]),
+            xaxis="x" if name == method else "x2", yaxis="y" if where == split else "y2", hoverongaps=False,
+            hovertemplate=f"<b>{style(name)[0]}</b>, {where}, fitted on {size:g}<br>expert rank %{{customdata[6]}}, "
+                          "adapter rank %{customdata[7]}<br>recovered %{customdata[2]:.1%} (%{customdata[4]:.1%} to "
+                          "%{customdata[5]:.1%})<br>KL %{customdata[0]:.3g}, identity %{customdata[1]:.3g}, "
+                          "n = %{customdata[3]}<extra></extra>")
+    marks = [trace.meta for trace in figure.data]
+    for place, (axis, known, choice) in enumerate(zip("xy", names.values(), (method, split), strict=True)):
+        menus.append(_menu({name: [{f"{axis}axis": [axis if mark[place] == name else f"{axis}2" for mark in marks]}]
+                            for name in known}, choice, left, 8))
+        left += 6.2 * max(map(len, known)) + 42
+    steps = [{"label": f"{size:g}", "method": "update",
+              "args": [{"visible": [bool(mark[2] == size) for mark in marks]}]} for size in sizes]
+    now = rows[(rows["method"] == method) & (rows["split"] == split) & (rows["n_train"] == sizes[-1])]["recovered"]
+    alt = alt or (f"Share of the identity KL recovered over expert and adapter rank: {style(method)[0]} on {split}, "
+                  f"fitted on {sizes[-1]:g} prompts, from {now.min():.0%} to {now.max():.0%}.")
+    ticks = [{"showgrid": False, "tickvals": [*range(len(of))], "ticktext": [*map(int, of)]} for of in (across, up)]
+    hidden = {"visible": False, "range": [1e9, 1.001e9], "fixedrange": True}
     return _finish(
-        figure, title, alt, above=38, height=460, updatemenus=menus, xaxis2=hidden | {"overlaying": "x"},
-        yaxis2=hidden | {"overlaying": "y"}, xaxis=labels[0] | {"title_text": "adapter rank"},
-        yaxis=labels[1] | {"title_text": "expert rank"}, margin_b=120,
-        sliders=[{"active": len(sizes) - 1, "steps": steps, "pad": {"t": 50}, "currentvalue": {"prefix": "fitted on N = "}}],
-        # Worse than no adapter orange, no adapter pale, all recovered blue: told apart with any colour sense.
+        figure, title, alt, above=38, height=460, margin_b=126, updatemenus=menus, xaxis2=hidden | {"overlaying": "x"},
+        yaxis2=hidden | {"overlaying": "y"}, xaxis={"title_text": "adapter rank", **ticks[0]},
+        yaxis={"title_text": "expert rank", **ticks[1]}, sliders=[{
+            "active": len(sizes) - 1, "steps": steps, "pad": {"t": 50}, "currentvalue": {"prefix": "fitted on N = "}}],
+        # Worse than no adapter orange, like none pale, all recovered blue: told apart with any colour sense.
         coloraxis={"cmin": -1, "cmax": 1, "colorscale": [[0, PALETTE[1]], [0.5, "#F3F1EC"], [1, PALETTE[0]]],
                    "colorbar": {"thickness": 8, "tickformat": ".0%", "tickvals": [-1, 0, 1], "outlinewidth": 0}})
 
