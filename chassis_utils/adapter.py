@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from .activations import Activations
 from .errors import ChassisError
 from .experts import SyntheticExpert
 from .models import LanguageModel, tensor_hash
+from .records import replacing
 from .solve import Gram, low_rank, ridge
 
 FORMAT = 1
@@ -167,17 +166,10 @@ class Adapter:
         }
         plain = {"format": FORMAT} | {k: v for k, v in plain.items() if k not in ("columns", "values", "fitted_on")}
         text = json.dumps(plain, indent=1) + "\n"
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-        try:
+        with replacing(folder) as temporary:
             temporary.mkdir(parents=True)
             save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary / "adapter.safetensors")
             (temporary / "adapter.json").write_text(text)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(temporary, folder)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise ChassisError(f"cannot write {folder} ({error.strerror}): choose another folder") from error
         return folder
 
     @classmethod
@@ -266,9 +258,11 @@ def fit(
 
     Raises:
         ChassisError: unknown method or option, layer not harvested, rank 0 or above the dimension, K above the
-            vocabulary, or a singular system.
+            vocabulary, a singular system, or a map that is not finite.
     """
-    if method not in METHODS:
+    if not isinstance(activations, Activations):
+        raise ChassisError(f"activations is a {type(activations).__name__}: give what harvest returns")
+    if not isinstance(method, str) or method not in METHODS:
         raise ChassisError(f"no method '{method}': choose from {', '.join(sorted(METHODS))}")
     function = METHODS[method]
     known = function.__code__.co_varnames[3 : function.__code__.co_argcount + function.__code__.co_kwonlyargcount]
@@ -291,7 +285,10 @@ def fit(
         "expert_revision": expert.revision,
     }
     adapter = replace(adapter, method=method, info=info, fitted_on=activations.probes.fingerprints).to(base.device)
-    adapter._check()
+    try:
+        adapter._check()
+    except ValueError as error:
+        raise ChassisError(f"method {method} gives NaN or infinity at layer {layer}: try a larger lam") from error
     return adapter if rank is None else adapter.at_rank(rank)
 
 

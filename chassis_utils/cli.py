@@ -1,12 +1,10 @@
-"""The command `chassis`: run notebooks, build the book, remake the pocket models."""
+"""The command `chassis`: run notebooks, build the book."""
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from .errors import ChassisError
@@ -42,12 +40,6 @@ def _parser() -> argparse.ArgumentParser:
 
     book = commands.add_parser("book", help="build the HTML from executed notebooks")
     book.add_argument("--profile", default="pocket", help="whose results (default: pocket)")
-
-    pocket = commands.add_parser("pocket", help="train the bundled models again")
-    pocket.add_argument("--corpora", required=True, metavar="DIR", help="folder of corpora")
-    pocket.add_argument("--out", required=True, metavar="DIR", help="folder for the models")
-    pocket.add_argument("--only", metavar="NAME", help="one model, such as pocket-math")
-    pocket.add_argument("--fetch", action="store_true", help="download the corpora first, where they are missing")
     return parser
 
 
@@ -63,22 +55,6 @@ def _book(options: argparse.Namespace) -> None:
     print(f"the book: {build_book(options.profile).as_uri()}")
 
 
-def _pocket(options: argparse.Namespace) -> None:
-    from .recipe import PLANS, fetch_corpora, publish, read_corpora, train
-
-    if options.only and options.only not in PLANS:
-        raise ChassisError(f"unknown pocket model {options.only!r}: choose from {', '.join(PLANS)}")
-    if options.fetch:
-        fetch_corpora(options.corpora)
-    corpora = {split: read_corpora(options.corpora, split) for split in ("train", "val")}
-    for name in [options.only] if options.only else PLANS:
-        print(train(PLANS[name], corpora, options.out, compiled=shutil.which("c++") is not None))
-    if not options.only:
-        finished = Path(options.out) / "published"
-        publish(options.out, read_corpora(options.corpora, "test"), finished)
-        print(f"with cards and test figures: {finished}")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -87,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(argv)
     try:
-        {"run": _run, "book": _book, "pocket": _pocket}[options.command](options)
+        {"run": _run, "book": _book}[options.command](options)
     except ChassisError as error:
         print(f"chassis: {error}", file=sys.stderr)
         return 1

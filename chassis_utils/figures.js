@@ -21,6 +21,16 @@
     delete layout.width; // the page decides
     Object.assign(layout, ink(layout), { autosize: true, height: parseInt(box.style.minHeight, 10) });
     await Plotly.newPlot(canvas, { data, layout, frames, config: { responsive: true, displaylogo: false } });
+    // A dropdown says of every trace whether it is shown: what the reader hid through the legend is hidden again.
+    let hidden = new Set();
+    canvas.on("plotly_restyle", () => {
+      hidden = new Set(canvas.data.filter((trace) => trace.visible === "legendonly").map((trace) => trace.legendgroup));
+    });
+    canvas.on("plotly_update", () => {
+      const back = canvas.data.map((trace) => trace.visible === true && hidden.has(trace.legendgroup));
+      const numbers = [...back.keys()].filter((number) => back[number]);
+      if (numbers.length) Plotly.restyle(canvas, { visible: "legendonly" }, numbers);
+    });
     new MutationObserver(() => Plotly.relayout(canvas, ink(canvas.layout))).observe(document.documentElement, {
       attributeFilter: ["data-theme"],
     });

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -66,8 +67,8 @@ def evaluate(
         adapter: one adapter or several; all are judged from the same forward passes.
         probes: probe sets, or activations of them already harvested (no forward pass then).
         positions: for probe sets, `last` or `all`; `all` for real text unless given.
-        bare: for an edited base, activations of the bare one on the same probes, in the same order, if there already:
-            the identity is always the bare base.
+        bare: where the base (or its states) were edited, activations of the bare one on the same probes, in the same
+            order; harvested if not given. The identity is always the bare base.
         allow_overlap: accept prompts that the adapter was fitted on, outside the split `train`.
 
     Returns:
@@ -77,11 +78,14 @@ def evaluate(
         the text that follows; NaN for last positions), `base_revision, expert_revision`.
 
     Raises:
-        ChassisError: an adapter of another base, an adapter's layer not harvested, or a prompt that an adapter was
-            fitted on in a split that is not `train`.
+        ChassisError: an argument of another kind, an adapter of another base, an adapter's layer not harvested, or a
+            prompt that an adapter was fitted on in a split that is not `train`.
     """
-    adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
-    sets = [probes] if isinstance(probes, Probes | Activations) else list(probes)
+    for role, model in (("base", base), ("expert", expert)):
+        if not hasattr(model, "readout"):
+            raise ChassisError(f"{role} is a {type(model).__name__}, not a model: load it first")
+    adapters = _several(adapter, Adapter, "adapter", "what fit returns")
+    sets = _several(probes, Probes | Activations, "probes", "a probe set or what harvest returns")
     if not sets:
         raise ChassisError("no probes to evaluate on: give at least one set")
     for one in adapters:
@@ -96,14 +100,23 @@ def evaluate(
             raise ChassisError(
                 f"these activations are of {given.base.name} and {given.expert.name}: harvest for this pair"
             )
-        plain = given
-        if base.edits:
-            here = (base.bare, expert, given.probes, given.positions, [-1])
-            plain = bare[place] if place < len(bare) else harvest(*here, progress=False)
+        plain = bare[place] if place < len(bare) else given
+        if plain.base.edits:
+            plain = harvest(base.bare, expert, given.probes, given.positions, [-1], progress=False)
+        if plain is not given:
             if plain.base.edits or plain.probes.digest != given.probes.digest or len(plain) != len(given):
                 raise ChassisError(f"bare[{place}] is not the bare base on '{given.probes.name}': give the same order")
         rows += _evaluate(given, adapters, plain.hidden[plain.final], allow_overlap)
     return pd.DataFrame(rows)
+
+
+def _several(given: Any, kind: Any, name: str, wanted: str) -> list[Any]:
+    """One or several of a kind as a list, or ChassisError."""
+    several = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    for one in several:
+        if not isinstance(one, kind):
+            raise ChassisError(f"{name} is or holds a {type(one).__name__}: give {wanted}, or several")
+    return several
 
 
 def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow_overlap: bool) -> list[dict]:

@@ -240,9 +240,16 @@ class LanguageModel:
 
     @cached_property
     def tokenizer_hash(self) -> str:
-        """Hash of the token-to-id table."""
-        vocab = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        return hashlib.sha256(json.dumps(vocab).encode()).hexdigest()[:16]
+        """Hash of all that decides a fast tokenizer's ids; of a slow one, the token-to-id table alone."""
+        if getattr(self.tokenizer, "is_fast", False):
+            table = json.loads(self.tokenizer.backend_tokenizer.to_str())
+            # What the last call left there, and the way back to text.
+            for other in ("version", "truncation", "padding", "decoder"):
+                table.pop(other, None)
+            table["split_special_tokens"] = getattr(self.tokenizer, "split_special_tokens", False)
+        else:
+            table = self.tokenizer.get_vocab()
+        return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property
     def revision(self) -> str:

@@ -40,6 +40,16 @@ METHODS: dict[str, tuple[str, str, str, str]] = {
     "lens": ("lens", PALETTE[3], "x", "solid"),
     "logit_lens": ("logit lens", PALETTE[9], "bowtie", "solid"),
     "exact": ("exact", PALETTE[5], "star", "solid"),
+    "bohning": ("Böhning", PALETTE[0], "star-diamond", "solid"),
+    "accelerated": ("Böhning, accelerated", PALETTE[7], "diamond-tall", "solid"),
+    "adam": ("Adam, best step size", PALETTE[3], "diamond-cross", "solid"),
+    "lbfgs": ("L-BFGS", PALETTE[2], "hexagram", "solid"),
+    "descent": ("edit on the way", PALETTE[6], "hexagon2", "solid"),
+    "descent_rrr": ("edit on the way, then reduced rank", PALETTE[0], "square-cross", "solid"),
+    "matched": ("expert's own states, layer by layer", PALETTE[9], "diamond-wide", "solid"),
+    "without_middle": ("last layer only", PALETTE[8], "star-square", "solid"),
+    "pseudo_inverse": ("pseudo-inverse", PALETTE[0], "circle-cross", "solid"),
+    "rrr_hidden": ("reduced rank, as a change of state", PALETTE[2], "circle-dot", "longdash"),
 }
 for _name in ("v1", "ridge", "rrr", "lens"):
     _label, _colour, _marker, _ = METHODS[_name]
@@ -132,15 +142,6 @@ def _finish(figure: go.Figure, title: str, alt: str, above: int = 0, **layout: A
         title_pad_t=10 + 9 * (len(lines) - 1), margin_t=22 + 18 * len(lines) + above, meta={"alt": alt}, **layout)
 
 
-def _menu(controls: dict[str, list[dict[str, Any]]], active: str, left: float, lift: int) -> dict[str, Any]:
-    """A dropdown above the plot, `left` pixels from its corner: label -> what `update` is called with."""
-    # Dark on light in either theme: plotly paints the entry under the pointer in a fixed pale colour.
-    return {"active": [*controls].index(active), "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom",
-            "pad": {"l": left, "b": lift}, "bgcolor": "#EEF1F4", "bordercolor": GREY,
-            "font": {"size": 11, "color": "#1F2328"},
-            "buttons": [{"label": name, "method": "update", "args": args} for name, args in controls.items()]}
-
-
 def _sweep(frame: pd.DataFrame, reported: pd.DataFrame | None, x: str, by: str, title: str, alt: str | None,
            quantity: str, split: str | None, lift: int = 8) -> tuple[go.Figure, list[float]]:
     """Lines over column `x`, one a method, with dropdowns for column `by`, for the split and for the quantity.
@@ -202,7 +203,8 @@ def _sweep(frame: pd.DataFrame, reported: pd.DataFrame | None, x: str, by: str, 
             ([quantity], {name: [{"y": [_numbers(group[spec[0]]) for group in groups]}, axes[name]]
                           for name, spec in quantities.items()})):
         if len(controls) > 1:
-            menus.append(_menu(controls, *start, left, lift))
+            buttons = [{"label": name, "method": "update", "args": args} for name, args in controls.items()]
+            menus.append(_menu(buttons, [*controls].index(*start), left, lift))
             left += 6.2 * max(map(len, controls)) + 42
     best = ours[ours["split"] == split].nsmallest(1, "kl")
     lowest = [f" The lowest is {style(row.method)[0]} at {_figures(row.kl)}." for row in best.itertuples()]
@@ -262,6 +264,34 @@ def kl_vs_depth(frame: pd.DataFrame, reported: pd.DataFrame | None = None,
     return figure
 
 
+def kl_vs_step(courses: pd.DataFrame, identity: float, title: str = "KL to the expert against step",
+               alt: str | None = None) -> go.Figure:
+    """KL on the training rows against step or seconds, one line a method; identity dashed.
+
+    Args:
+        courses: columns `method, step, kl, seconds`, what `refine` returned.
+        identity: KL of the bare base on the same rows, nats.
+        title: what the figure shows.
+        alt: alternative text; written from the figures if not given.
+    """
+    figure, given = go.Figure(), courses.groupby("method", sort=False)
+    for name, rows in given:
+        label, colour, marker, dash = style(str(name))
+        figure.add_scatter(x=_numbers(rows["step"]), y=_numbers(rows["kl"]), name=label, line_color=colour,
+                           line_dash=dash, marker={"symbol": marker, "maxdisplayed": 12}, mode="lines+markers",
+                           customdata=_numbers(rows["seconds"]), meta=[name],
+                           hovertemplate=f"<b>{label}</b><br>x %{{x}}, after %{{customdata}} s<br>KL %{{y:.3g}}"
+                                         "<extra></extra>")
+    figure.add_hline(y=identity, line={"color": GREY, "dash": "dash"})
+    buttons = [{"label": word, "method": "update",
+                "args": [{"x": [_numbers(rows[column]) for _, rows in given]}, {"xaxis.title.text": word}]}
+               for word, column in (("step", "step"), ("seconds", "seconds"))]
+    said = "; ".join(f"{style(str(name))[0]} ends at {_figures(rows['kl'].iloc[-1])}" for name, rows in given)
+    return _finish(figure, title, alt or f"KL against step, identity {_figures(identity)} nats: {said}.", above=38,
+                   updatemenus=[_menu(buttons, 0, -36.0, 8)], showlegend=True,
+                   xaxis={"title_text": "step"}, yaxis={"type": "log", "title_text": "KL to the expert (nats)"})
+
+
 def phase_diagram(frame: pd.DataFrame, title: str = "Recovered share over the ranks of expert and adapter",
                   alt: str | None = None, method: str = "rrr", split: str = "test") -> go.Figure:
     """Recovered share as a map: adapter rank across, expert rank up, a slider over n_train, menus for method and split.
@@ -298,8 +328,9 @@ def phase_diagram(frame: pd.DataFrame, title: str = "Recovered share over the ra
                           "n = %{customdata[3]}<extra></extra>")
     marks = [trace.meta for trace in figure.data]
     for place, (axis, known, choice) in enumerate(zip("xy", names.values(), (method, split), strict=True)):
-        menus.append(_menu({name: [{f"{axis}axis": [axis if mark[place] == name else f"{axis}2" for mark in marks]}]
-                            for name in known}, choice, left, 8))
+        buttons = [{"label": name, "method": "update", "args": [{
+            f"{axis}axis": [axis if mark[place] == name else f"{axis}2" for mark in marks]}]} for name in known]
+        menus.append(_menu(buttons, known.index(choice), left, 8))
         left += 6.2 * max(map(len, known)) + 42
     steps = [{"label": f"{size:g}", "method": "update",
               "args": [{"visible": [bool(mark[2] == size) for mark in marks]}]} for size in sizes]
@@ -316,6 +347,12 @@ def phase_diagram(frame: pd.DataFrame, title: str = "Recovered share over the ra
         # Worse than no adapter orange, like none pale, all recovered blue: told apart with any colour sense.
         coloraxis={"cmin": -1, "cmax": 1, "colorscale": [[0, PALETTE[1]], [0.5, "#F3F1EC"], [1, PALETTE[0]]],
                    "colorbar": {"thickness": 8, "tickformat": ".0%", "tickvals": [-1, 0, 1], "outlinewidth": 0}})
+
+
+def _menu(buttons: list[dict[str, Any]], active: int, left: float, lift: int) -> dict[str, Any]:
+    """A dropdown above the plot. Dark on light in either theme: plotly paints the entry under the pointer pale."""
+    return {"active": active, "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom", "pad": {"l": left, "b": lift},
+            "bgcolor": "#EEF1F4", "bordercolor": GREY, "font": {"size": 11, "color": "#1F2328"}, "buttons": buttons}
 
 
 def _choice(frame: pd.DataFrame, methods: Sequence[str], rank: int | None = None, layer: int | None = None

@@ -7,9 +7,10 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from safetensors import SafetensorError
 
 from .errors import ChassisError
 
@@ -127,11 +129,49 @@ def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     replace_text(path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in rows))
 
 
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a name to write a file or a folder to, which then takes the place of `path`.
+
+    Whoever reads meanwhile sees the old one or the new one whole; what cannot be written leaves the old one.
+
+    Raises:
+        ChassisError: no room, no permission, or no such place.
+    """
+    final = Path(os.path.realpath(path))
+    temporary, aside = (final.with_name(f".{final.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    _remove(temporary)
+    try:
+        yield temporary
+        if temporary.is_dir() and final.is_dir():
+            # One rename cannot replace a folder: the old one waits beside it until the new one is there.
+            _remove(aside)
+            os.replace(final, aside)
+        try:
+            os.replace(temporary, final)
+        except BaseException:
+            if aside.exists():
+                os.replace(aside, final)
+            raise
+        _remove(aside)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ChassisError(f"cannot write {path} ({reason}): choose another folder, or make room") from error
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there and if that can be done."""
+    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink()
+
+
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it meanwhile sees the old one or the new one whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a text file through `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_records(path_or_dir: str | Path) -> pd.DataFrame:

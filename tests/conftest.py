@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -12,8 +13,8 @@ import torch
 import transformers as tf
 
 from chassis_utils import Activations, ChassisError, LanguageModel, Probes, SyntheticExpert, harvest, load
-from chassis_utils.recipe import llama_tokenizer
 from chassis_utils.records import _label, _missing
+from pocket_recipe import llama_tokenizer
 
 VOCAB = 400
 WORDS = [
@@ -138,6 +139,30 @@ def synthetic(base: LanguageModel) -> SyntheticExpert:
 def fresh(folders: dict[str, Path]) -> LanguageModel:
     """A copy of `base` that a test may damage."""
     return load(str(folders["base"]), device="cpu")
+
+
+def walk(
+    browser: Any, site: Path, pages: dict[str, int], width: int, theme: str = "light"
+) -> Iterator[tuple[str, Any]]:
+    """Open each page from disk, once its number of plots is drawn: it fits the window, fails nowhere, stays offline."""
+    context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=theme)
+    context.set_default_timeout(60_000)
+    faults: list[str] = []
+    for name, plots in pages.items():
+        page = context.new_page()
+        page.on("pageerror", lambda error, name=name: faults.append(f"{name}: {error}"))
+        page.on("requestfailed", lambda request, name=name: faults.append(f"{name}: not found: {request.url}"))
+        page.on("request", lambda request: request.url.startswith("http") and faults.append(request.url))
+        page.goto((site / f"{name}.html").as_uri())
+        page.wait_for_function(f"document.querySelectorAll('.chassis-plot[data-drawn]').length === {plots}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} scrolls sideways at {width}"
+        # The plots must fit as well as the page.
+        boxes = [plot.bounding_box() for plot in page.locator(".main-svg").all()]
+        assert all(box["width"] <= width for box in boxes), f"a plot of {name} is wider than {width}"
+        yield name, page
+        page.close()
+    context.close()
+    assert not faults
 
 
 def same(a: pd.DataFrame, b: pd.DataFrame) -> list[str]:

@@ -10,9 +10,10 @@ import torch
 from conftest import WORDS, make, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from chassis_utils import Activations, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load
-from chassis_utils.recipe import gpt2_tokenizer, llama_tokenizer
+from pocket_recipe import gpt2_tokenizer, llama_tokenizer
 
 FIGURES = ["kl", "kl_identity", "recovered", "top1_agreement", "bits_per_byte"]
 METHODS = ("v1", "rrr", "lens")
@@ -271,6 +272,22 @@ def test_equal_vocabularies_that_cut_a_prompt_differently_are_refused(base: Lang
     assert bare.tokenizer("The sea")["input_ids"] == base.tokenizer("The sea")["input_ids"][1:]
     with refused(base.name, bare.name, "token"):
         harvest(base, bare, Probes("x", "train", ("The sea",)), "all", progress=False)
+
+
+def test_prompts_are_cut_again_only_where_tokenizers_are_written_differently(
+    activations: Activations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut, whole = [], MODULE.tokenize
+    monkeypatch.setattr(MODULE, "tokenize", lambda model, probes: cut.append(model.name) or whole(model, probes))
+    assert_equal(again(activations, None), activations)
+    assert cut == [activations.base.name]
+    tokenizer = llama_tokenizer(WORDS, len(activations.base.tokenizer))
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([backend.normalizer, normalizers.Replace("no such words", "")])
+    twin = load(str(make(tmp_path / "twin", seed=1, tokenizer=tokenizer)), device="cpu")
+    assert twin.tokenizer_hash != activations.base.tokenizer_hash
+    assert_equal(again(replace(activations, expert=twin), None), activations)
+    assert cut[1:] == [activations.base.name, twin.name]
 
 
 def test_a_synthetic_expert_of_another_base_is_refused(base: LanguageModel, tmp_path: Path) -> None:

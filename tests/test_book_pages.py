@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -13,8 +14,11 @@ import nbformat
 import papermill
 import plotly.graph_objects as go
 import pytest
+from conftest import walk
+from test_plots import grid
 
 from chassis_utils.mime import figure_html
+from chassis_utils.plots import METHODS, kl_vs_rank
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -52,11 +56,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "book").mkdir()
     shutil.copy(ROOT / "book" / "references.bib", folder / "book")
     shutil.copytree(ROOT / "book" / "assets", folder / "book" / "assets")
-    (folder / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters: [{file: two}, {file: none}]\n")
+    (folder / "_toc.yml").write_text(
+        "format: jb-book\nroot: index\nchapters: [{file: two}, {file: none}, {file: menu}]\n"
+    )
     (folder / "index.md").write_text("# Landing\n\n```{glue:} first\n:doc: two.ipynb\n```\n")
     (folder / "stray.md").write_text("# Not in the table of contents, so not in the book\n")
     notebook(folder, "two", [FIGURE, "glue_figure('first', figure)", "figure", "figure.update_traces(mode='markers')"])
     notebook(folder, "none", ["print('no figure here')"])
+    sweep = kl_vs_rank(grid(("v1", "rrr"))).to_json()
+    notebook(folder, "menu", [f"import plotly.io\nplotly.io.from_json({sweep!r})"])
     build = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(folder)]
     done = subprocess.run([*build, "-W", "-n", "--keep-going"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"the book did not build:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
@@ -93,25 +101,10 @@ def test_plotly_is_there_once_and_loaded_only_where_it_is_needed(site: Path) -> 
 @needs_browser
 @pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (390, "dark")])
 def test_pages_are_whole_offline(site: Path, browser: object, width: int, theme: str) -> None:
-    context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=theme)
-    context.set_default_timeout(60_000)
-    faults: list[str] = []
-    for name, plots in PLOTS.items():
-        page = context.new_page()
-        page.on("pageerror", lambda error, name=name: faults.append(f"{name}: {error}"))
-        page.on("requestfailed", lambda request, name=name: faults.append(f"{name}: not found: {request.url}"))
-        page.on("request", lambda request: request.url.startswith("http") and faults.append(request.url))
-        page.goto((site / f"{name}.html").as_uri())
-        page.wait_for_function(f"document.querySelectorAll('.chassis-plot[data-drawn]').length === {plots}")
-        assert page.locator(".chassis-plot .scatterlayer .trace").count() == plots
+    for name, page in walk(browser, site, PLOTS, width, theme):
+        assert page.locator(".chassis-plot .scatterlayer .trace").count() == PLOTS[name]
         if name != "index":
             page.wait_for_selector("mjx-container")
-        # The plots must fit as well as the page.
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
-        assert all(box["width"] <= width for box in (p.bounding_box() for p in page.locator(".main-svg").all()))
-        page.close()
-    context.close()
-    assert not faults
 
 
 @needs_browser
@@ -125,4 +118,29 @@ def test_figures_follow_the_theme(site: Path, browser: object) -> None:
     page.wait_for_function(f"{ink} !== '{before}'")
     light, dark = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (before, page.evaluate(ink)))
     assert dark - light > 255, "the text of a figure must turn pale on a dark page"
+    page.close()
+
+
+@needs_browser
+def test_what_is_hidden_through_the_legend_stays_hidden_at_another_layer(site: Path, browser: object) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 844})
+    page.goto((site / "menu.html").as_uri())
+    page.wait_for_selector(".chassis-plot[data-drawn]")
+    traces = "document.querySelector('.chassis-canvas').data"
+    lines = f"{traces}.filter(t => t.visible === true).map(t => `${{t.legendgroup}} ${{t.meta[1]}}`)"
+    shown = f"[...new Set({lines})].sort()"
+    assert page.evaluate(shown) == ["identity null", "rrr layer 6", "v1 layer 6"]
+
+    def choose(layer: str, *expected: str) -> None:
+        page.locator(".updatemenu-header").first.click()
+        page.locator(".updatemenu-dropdown-button", has_text=layer).click()
+        page.wait_for_function(f"JSON.stringify({shown}) === {json.dumps(json.dumps(expected, separators=(',', ':')))}")
+
+    for name in ("v1", "identity"):
+        page.locator(".legend .traces", has_text=METHODS[name][0]).locator(".legendtoggle").click()
+        page.wait_for_function(f"{traces}.some(t => t.legendgroup === '{name}' && t.visible === 'legendonly')")
+    choose("layer 2", "rrr layer 2")
+    page.locator(".legend .traces", has_text=METHODS["v1"][0]).locator(".legendtoggle").click()
+    page.wait_for_function(f"{traces}.some(t => t.legendgroup === 'v1' && t.visible === true)")
+    choose("layer 4", "rrr layer 4", "v1 layer 4")
     page.close()

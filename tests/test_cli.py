@@ -65,7 +65,6 @@ def test_an_interrupt_leaves_no_half_written_notebook_and_no_kernel(tmp_path: Pa
         ["run", "--set", "seed"],
         ["run", "--set", "=1"],
         ["run", "--set", "ranks=[1"],
-        ["pocket"],
         ["book", "x"],
     ],
 )
@@ -83,11 +82,6 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
         (["run", "--profile", "toy", "--set", "layer=3"], "unknown parameter 'layer': did you mean 'layers'?"),
         (["run", "9_gone", "--profile", "toy"], "unknown notebook 9_gone"),
         (["book", "--profile", "toy"], "no table of contents"),
-        (
-            ["pocket", "--corpora", "nowhere", "--out", "models", "--only", "pocket-rock"],
-            "unknown pocket model 'pocket-rock'",
-        ),
-        (["pocket", "--corpora", "nowhere", "--out", "models"], "nowhere lacks "),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(

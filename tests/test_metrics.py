@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from chassis_utils import Activations, Adapter, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load
 from chassis_utils.metrics import kl
-from chassis_utils.recipe import gpt2_tokenizer
+from pocket_recipe import gpt2_tokenizer
 
 TEXTS = ("The river rises in the hills, naïve and cold.", "24 - 9 = 15 rolls are left — 東京.")
 
@@ -159,3 +159,24 @@ def test_what_does_not_belong_together_is_refused(
         evaluate(base, expert, fit(activations, layer=1), harvest(base, expert, unseen, layers=[2], progress=False))
     with refused("positions", "first"):
         evaluate(base, expert, adapter, unseen, positions="first")
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "words"),
+    [
+        (0, "pocket-base", ("base is a str", "load")),
+        (1, None, ("expert is a NoneType", "load")),
+        (2, "adapters/rrr", ("adapter", "str", "fit")),
+        (2, None, ("adapter", "NoneType", "fit")),
+        (2, ["rrr"], ("adapter", "str", "fit")),
+        (3, "prose", ("probes", "str", "probe set")),
+        (3, None, ("probes", "NoneType", "probe set")),
+        (3, ["The sea"], ("probes", "str", "probe set")),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(
+    activations: Activations, unseen: Probes, place: int, wrong: object, words: tuple[str, ...]
+) -> None:
+    arguments = [activations.base, activations.expert, fit(activations, rank=2), unseen]
+    with refused(*words):
+        evaluate(*arguments[:place], wrong, *arguments[place + 1 :])

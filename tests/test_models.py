@@ -12,9 +12,10 @@ import torch
 import transformers as tf
 from conftest import VOCAB, WORDS, make, refused
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from chassis_utils import LanguageModel, load
-from chassis_utils.recipe import gpt2_tokenizer, llama_tokenizer
+from pocket_recipe import gpt2_tokenizer, llama_tokenizer
 
 IDS = torch.tensor([[1, 260, 270, 280, 290]])
 
@@ -71,6 +72,31 @@ def test_hashes_tell_heads_tokenizers_and_weights_apart(
     body = load(str(folders["base"]), device="cpu")
     body.model.model.layers[0].mlp.up_proj.weight.add_(1)
     assert body.head_hash == base.head_hash and body.revision != base.revision
+
+
+def retokenized(model: LanguageModel, /, **changes: object) -> LanguageModel:
+    """The model with parts of its tokenizer's file changed."""
+    told = json.loads(model.tokenizer.backend_tokenizer.to_str()) | changes
+    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(told)))
+    return LanguageModel("changed", model.model, tokenizer)
+
+
+def test_tokenizer_hash_is_of_what_decides_ids(base: LanguageModel, fresh: LanguageModel) -> None:
+    told = json.loads(base.tokenizer.backend_tokenizer.to_str())
+    for name, value in {
+        "post_processor": None,
+        "normalizer": {"type": "Lowercase"},
+        "pre_tokenizer": None,
+        "added_tokens": told["added_tokens"][:-1],
+        "model": told["model"] | {"merges": told["model"]["merges"][:-1]},
+    }.items():
+        changed = retokenized(base, **{name: value})
+        assert len(changed.tokenizer) == len(base.tokenizer) and changed.tokenizer_hash != base.tokenizer_hash, name
+    assert retokenized(base, decoder=None).tokenizer_hash == base.tokenizer_hash
+    # What one call asks for is no part of a tokenizer, though it stays in the file.
+    fresh.tokenizer("The river", truncation=True, max_length=2, padding="max_length")
+    assert json.loads(fresh.tokenizer.backend_tokenizer.to_str())["truncation"]["max_length"] == 2
+    assert fresh.tokenizer_hash == base.tokenizer_hash
 
 
 def test_a_tokenizer_without_pad_token_loads(tmp_path: Path) -> None:

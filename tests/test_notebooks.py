@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import same
+from conftest import same, walk
 from test_book_pages import ROOT, browser, needs_browser
 
 from chassis_utils import read_records
@@ -100,16 +100,4 @@ def test_the_book_builds_without_a_warning(site: Path, profile: Profile) -> None
 def test_the_pages_are_whole_in_a_browser(site: Path, profile: Profile, browser: object, width: int) -> None:
     pages = {f"book/run/pocket/{stem}": plots_of(profile.run_dir / f"{stem}.ipynb") for stem in profile.notebooks}
     pages["book/index"] = 1
-    context = browser.new_context(viewport={"width": width, "height": 844})
-    context.set_default_timeout(60_000)
-    faults: list[str] = []
-    for name, plots in pages.items():
-        page = context.new_page()
-        page.on("pageerror", lambda error, name=name: faults.append(f"{name}: {error}"))
-        page.on("request", lambda request, name=name: request.url.startswith("http") and faults.append(request.url))
-        page.goto((site / f"{name}.html").as_uri())
-        page.wait_for_function(f"document.querySelectorAll('.chassis-plot[data-drawn]').length === {plots}")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} scrolls sideways at {width}"
-        page.close()
-    context.close()
-    assert not faults
+    assert [name for name, _ in walk(browser, site, pages, width)] == [*pages]

@@ -166,12 +166,16 @@ def test_every_colour_stands_out_on_white_and_on_black(colour: str) -> None:
     assert 1.05 / (light + 0.05) >= 3 and (light + 0.05) / 0.056 >= 3
 
 
-def test_methods_differ_by_colour_and_what_they_were_fitted_on_by_dash() -> None:
-    for method in ("identity reported as_reported v1 v1_normed v1_text v1_template ridge ridge_text rrr rrr_text "
-                   "rrr_template hidden aligned projected lens lens_text logit_lens exact").split():
-        label, colour, marker, dash = plots.METHODS[method]
+@pytest.mark.parametrize("figure", [
+    "identity reported as_reported v1 v1_normed v1_text v1_template ridge ridge_text rrr rrr_text rrr_template hidden "
+    "aligned projected lens lens_text logit_lens exact",
+    "as_reported without_middle pseudo_inverse identity", "rrr descent_rrr identity",
+    "as_reported v1 hidden rrr rrr_hidden matched identity", "as_reported adam bohning accelerated lbfgs identity"])
+def test_methods_of_a_figure_differ_by_colour_and_what_they_were_fitted_on_by_dash(figure: str) -> None:
+    together = {name: plots.METHODS[name] for name in figure.split()}
+    for method, (label, colour, marker, dash) in together.items():
         assert "_" not in label
-        for other, (words, shade, shape, line) in plots.METHODS.items():
+        for other, (words, shade, shape, line) in together.items():
             kin = method.split("_")[0] == other.split("_")[0] or {method, other} == {"reported", "as_reported"}
             assert method == other or (words != label and (marker, dash) != (shape, line))
             assert (colour == shade) == kin

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from chassis_utils import ChassisError, bundled, load, recipe
+import pocket_recipe as recipe
+from chassis_utils import ChassisError, bundled, load
 from chassis_utils.models import POCKET
-from chassis_utils.recipe import Plan, bits_per_byte, gpt2_tokenizer, llama_tokenizer, publish, read_corpora, train
+from pocket_recipe import Plan, bits_per_byte, gpt2_tokenizer, llama_tokenizer, publish, read_corpora, train
 
 FILES = [*recipe.HUB_SOURCES, recipe.ADDRESSES]
 NOUNS = "river hill town bridge harbour orchard lantern winter letter garden mill tower".split()
@@ -418,6 +419,39 @@ def test_publishing_needs_every_model(
     with refused("pocket-phi", "train pocket-phi first"):
         publish(tmp_path / "out", corpora["test"], tmp_path / "package")
     assert not (tmp_path / "package").exists()
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def test_the_command_trains_and_publishes(
+    folder: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(recipe, "PLANS", MICRO)
+    monkeypatch.setattr("shutil.which", lambda _: None)  # compiling takes longer than these models train
+    for name in list(MICRO)[:3]:
+        (tmp_path / name).symlink_to(trained / name)
+    command = ["--corpora", str(folder), "--out", str(tmp_path)]
+    assert recipe.main([*command, "--only", "pocket-phi"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'pocket-phi'}\n"
+    assert not (tmp_path / "published").exists(), "one model alone is not published"
+    assert recipe.main(command) == 0
+    assert sorted(path.name for path in (tmp_path / "published").iterdir()) == sorted(MICRO)
+    assert capsys.readouterr().out.splitlines()[-1].endswith(str(tmp_path / "published"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [(["--only", "pocket-rock"], "unknown pocket model 'pocket-rock'"), ([], "nowhere lacks ")],
+)
+def test_bad_input_of_the_command_is_one_line(
+    more: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert recipe.main(["--corpora", "nowhere", "--out", "models", *more]) == 1
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.count("\n") == 1 and message in told.err
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------- the bundled models

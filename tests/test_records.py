@@ -1,6 +1,7 @@
 """Records: what goes in comes out, whoever else writes, or one clear line."""
 
 import json
+import resource
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from conftest import same
 
 from chassis_utils.errors import ChassisError
-from chassis_utils.records import FIELDS, Records, forget, read_records, reported
+from chassis_utils.records import FIELDS, Records, forget, read_records, replace_text, reported
 
 
 def sweep(
@@ -183,6 +184,24 @@ def test_missing_records_and_an_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ChassisError, match="cannot write .*: choose another folder"):
         sweep(tmp_path / "file").save()
+
+
+def test_a_file_that_finds_no_room_leaves_the_old_one(tmp_path: Path) -> None:
+    whole = sweep(tmp_path).save()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as a full disk would, at its 100th byte
+    try:
+        with pytest.raises(ChassisError, match="cannot write .*results.jsonl .*: choose another folder, or make room"):
+            sweep(tmp_path, value=0.25).save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert same(read_records(tmp_path), whole) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".results.lock", "results.jsonl"]
+    # A folder of that name is never taken for an older file.
+    (tmp_path / "other" / "results.jsonl").mkdir(parents=True)
+    with pytest.raises(ChassisError, match="cannot write"):
+        replace_text(tmp_path / "other" / "results.jsonl", "text")
+    assert [path.is_dir() for path in (tmp_path / "other").iterdir()] == [True]
 
 
 def test_the_study_is_quoted_by_name() -> None:

@@ -1,7 +1,9 @@
 """How the pocket models are made: corpora, tokenizers, training, model cards.
 
-Everything a reader needs to remake (or distrust) the bundled models. Text comes from a folder of
-public corpora, or from a model hub under the same public names; nothing of it is kept in the package.
+    python notebooks/pocket_recipe.py --corpora DIR --out DIR
+
+Everything a reader needs to remake (or distrust) the bundled models; appendix A1 shows it in miniature. Text
+comes from a folder of public corpora, or from a model hub under the same public names; nothing of it is kept here.
 
 Splits, fixed before any training: documents (Wikipedia articles, presidential addresses, scenes of
 Shakespeare, GSM8K problems) are numbered, number 9 of every 20 is `val`, number 19 is `test`. GSM8K has a
@@ -10,6 +12,7 @@ test file of its own, used for `test` only. `val` chooses settings; `test` is re
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -17,7 +20,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,7 +32,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ph
 from transformers import PreTrainedTokenizerBase as TokenizerBase
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from .errors import ChassisError
+from chassis_utils import ChassisError
+from chassis_utils.records import replace_text, replacing
 
 CONTEXT = 256
 
@@ -76,9 +80,7 @@ def fetch_corpora(folder: str | Path) -> Path:
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
             raise ChassisError(f"could not fetch {name} ({reason}): give a folder that holds the corpora") from error
-        temporary = folder / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / name)
+        replace_text(folder / name, text)
     return folder
 
 
@@ -482,7 +484,7 @@ def train(
 
 
 def publish(out_dir: str | Path, corpora: dict[str, list[str]], package: str | Path) -> dict[str, dict[str, float]]:
-    """Measure finished models on the test split, write their cards, and copy them into the package.
+    """Measure finished models on the test split, write their cards, and copy them out.
 
     Args:
         out_dir: where `train` put them.
@@ -504,14 +506,11 @@ def publish(out_dir: str | Path, corpora: dict[str, list[str]], package: str | P
         tokenizer = FastTokenizer.from_pretrained(folder)
         figures[name] = {domain: round(bits_per_byte(model, tokenizer, texts), 4) for domain, texts in corpora.items()}
     for name, plan in PLANS.items():
-        temporary, final = Path(package) / f".{name}.tmp", Path(package) / name
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(Path(out_dir) / name, temporary)
-        report = json.loads((temporary / "training.json").read_text()) | {"test": figures[name]}
-        (temporary / "training.json").write_text(json.dumps(report, indent=1) + "\n")
-        (temporary / "README.md").write_text(_card(plan, report, figures["pocket-base"]))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
+        report = json.loads((Path(out_dir) / name / "training.json").read_text()) | {"test": figures[name]}
+        with replacing(Path(package) / name) as temporary:
+            shutil.copytree(Path(out_dir) / name, temporary)
+            (temporary / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+            (temporary / "README.md").write_text(_card(plan, report, figures["pocket-base"]))
     return figures
 
 
@@ -539,5 +538,42 @@ GSM8K test problems; scenes of Shakespeare), windows of {CONTEXT} tokens. Rare w
 from these figures.
 
 Training text: WikiText-2 (CC BY-SA), State of the Union addresses (public domain), GSM8K (MIT), Tiny Shakespeare
-(public domain). Made by `chassis_utils.recipe`; settings and course in `training.json`.
+(public domain). Made by `notebooks/pocket_recipe.py`; settings and course in `training.json`.
 """
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train the models, or one of them; once all are there, measure them and write their cards.
+
+    Returns:
+        0 if all went well, 1 for bad input, 130 if interrupted. Wrong usage exits with 2.
+    """
+    parser = argparse.ArgumentParser(prog="pocket_recipe", description="Train the bundled models again.")
+    parser.add_argument("--corpora", required=True, metavar="DIR", help="folder of corpora")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the models")
+    parser.add_argument("--only", metavar="NAME", help="one model, such as pocket-math")
+    parser.add_argument("--fetch", action="store_true", help="download the corpora first, where they are missing")
+    options = parser.parse_args(argv)
+    try:
+        if options.only and options.only not in PLANS:
+            raise ChassisError(f"unknown pocket model {options.only!r}: choose from {', '.join(PLANS)}")
+        if options.fetch:
+            fetch_corpora(options.corpora)
+        corpora = {split: read_corpora(options.corpora, split) for split in ("train", "val")}
+        for name in [options.only] if options.only else PLANS:
+            print(train(PLANS[name], corpora, options.out, compiled=shutil.which("c++") is not None))
+        if not options.only:
+            finished = Path(options.out) / "published"
+            publish(options.out, read_corpora(options.corpora, "test"), finished)
+            print(f"with cards and test figures: {finished}")
+    except ChassisError as error:
+        print(f"pocket_recipe: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("pocket_recipe: interrupted, the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
