@@ -122,20 +122,17 @@ class LanguageModel:
     def recast(self, model_type: str, weights: bool = True, seed: int = 0) -> LanguageModel:
         """A model of another architecture (`mistral`, `gpt2`, ...) with this one's sizes and tokenizer; no edits.
 
-        Args:
-            model_type: as in a config.
-            weights: copy those that have a counterpart of the same name and shape; False draws all at random.
-            seed: of what is drawn.
+        Weights of the same name and shape are copied; the rest, or without `weights` all, are drawn by `seed`.
 
         Raises:
             ChassisError: no such architecture, or one that these sizes or this package do not fit.
         """
         own = self.model.config.get_text_config().to_dict()
         config = {name: own[name] for name in _SIZES if own.get(name) is not None}
-        # OPT's names, and the scale of attention that Granite leaves open.
-        config |= {"word_embed_proj_dim": self.hidden_size, "ffn_dim": own.get("intermediate_size")}
-        config |= {"attention_multiplier": (self.hidden_size // own["num_attention_heads"]) ** -0.5}
         try:
+            # OPT's names, and the scale of attention that Granite leaves open.
+            config |= {"word_embed_proj_dim": self.hidden_size, "ffn_dim": own["intermediate_size"]}
+            config |= {"attention_multiplier": (self.hidden_size // own["num_attention_heads"]) ** -0.5}
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 other = AutoConfig.for_model(model_type, **config)
@@ -146,7 +143,7 @@ class LanguageModel:
             return LanguageModel(f"{self.name} as {model_type}{'' if weights else ', random'}", model, self.tokenizer)
         except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:120]
-            raise ChassisError(f"{self.name} cannot be recast as '{model_type}' ({reason})") from error
+            raise ChassisError(f"{self.name} cannot be recast as '{model_type}': {reason}") from error
 
     @property
     def bare(self) -> LanguageModel:

@@ -42,8 +42,6 @@ TEMPLATES: dict[str, tuple[Callable[[int], str], ...]] = {
     ),
     "single": (lambda i: "Explain entropy in simple words.",),
 }
-#: Sets that are never fitted on, whatever the split.
-FOREIGN = ("unseen", "numerals", "languages", "single")
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def probe_set(name: str, split: str = "train", n: int | None = None) -> Probes:
             raise ChassisError(
                 f"n = {n} does not fit split {split} of '{name}': it holds {end - start if end else 'any'}"
             )
-        label = "template" if name in FOREIGN else split
+        label = "template" if name in ("unseen", "numerals", "languages", "single") else split
         return Probes(name, label, tuple(templates[i % len(templates)](i) for i in range(start, start + n)))
     file = TEXTS / f"{name.removesuffix('-text')}.txt"
     if not file.is_file():

@@ -222,19 +222,15 @@ def _(e: Evidence) -> str:
 @rule(
     "stress_test",
     "v1 is robust over expert ranks and distributions (KL 0.0001 to 0.0100).",
-    "At the study's rank, for every expert and distribution of its table, fitted and judged on disjoint prompts. "
-    "Holds if v1 recovers at least 0.9 of the identity KL on test in each cell. An artefact of the baseline left out "
-    "if it recovers less than a tenth in each, while the difference in all columns, fitted on the same prompts, "
-    "recovers more in each. Otherwise open.",
+    "On disjoint prompts, for every expert and distribution at the study's rank. Holds if v1 recovers at least 0.9 of "
+    "the identity KL on test in each; an artefact of the baseline left out if it recovers less than a tenth in each, "
+    "while the difference in all columns, fitted on the same prompts, recovers at least half in each; otherwise open.",
 )
 def _(e: Evidence) -> str:
     table = e.frame[e.frame["method"] == "as_reported"]
     where = {"split": "test", "rank": table["rank"].max()} | {k: [*set(table[k])] for k in ("base", "expert")}
     e.all("kl", "as_reported", **where)
-    v1 = e.all("recovered", "v1", **where)
-    rows = e.frame[(e.frame["method"] == "v1") & (e.frame["rank"] == where["rank"]) & (e.frame["split"] == "test")]
-    cells = rows[rows["expert"].isin(where["expert"])][["expert", "probes"]].drop_duplicates().to_dict("records")
-    v1, mended = ([e.all("recovered", m, **where | c)[0] for c in cells] for m in ("v1", "rrr"))
+    v1, mended = (e.all("recovered", method, **where) for method in ("v1", "rrr"))
     if min(v1) >= 0.9:
         return "holds"
-    return "artefact" if max(v1) < 0.1 and all(b > a for a, b in zip(v1, mended, strict=True)) else "open"
+    return "artefact" if max(v1) < 0.1 and min(mended) >= 0.5 and len(v1) == len(mended) else "open"
