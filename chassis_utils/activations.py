@@ -77,19 +77,20 @@ class Activations:
             )
         return self.hidden[number]
 
-    def subset(self, n: int) -> Activations:
-        """The first n prompts only.
+    def subset(self, n: int, first: int = 0) -> Activations:
+        """Only n of the prompts, from number `first` on.
 
         Raises:
             ChassisError: there are not that many.
         """
-        if not 1 <= n <= len(self.probes):
-            raise ChassisError(f"n = {n} is outside 1..{len(self.probes)}, the prompts of '{self.probes.name}'")
+        if not (0 <= first and 1 <= n <= len(self.probes) - first):
+            raise ChassisError(f"n = {n} from {first}: outside the {len(self.probes)} prompts of '{self.probes.name}'")
         if self.positions == "all":
             raise ChassisError("a part of the prompts has other bytes: harvest that part instead")
-        probes = Probes(self.probes.name, self.probes.split, self.probes.prompts[:n])
-        hidden = {layer: h[:n] for layer, h in self.hidden.items()}
-        rows = {k: getattr(self, k)[:n] for k in ("expert_hidden", "prompt", "next_token")}
+        part = slice(first, first + n)
+        probes = Probes(self.probes.name, self.probes.split, self.probes.prompts[part])
+        hidden = {layer: h[part] for layer, h in self.hidden.items()}
+        rows = {k: getattr(self, k)[part] for k in ("expert_hidden", "prompt", "next_token")}
         return replace(self, probes=probes, hidden=hidden, **rows)
 
     def against(self, expert: SyntheticExpert) -> Activations:

@@ -26,6 +26,12 @@ POCKET = Path(__file__).parent / "pocket"
 #: Where the final norm lives in the backbones of `transformers`.
 _NORM_NAMES = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm", "embedding_norm")
 
+#: What `LanguageModel.recast` takes over from a config, where it is there.
+_SIZES = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "max_position_embeddings rms_norm_eps rope_parameters tie_word_embeddings bos_token_id eos_token_id pad_token_id"
+).split()
+
 
 def bundled() -> list[str]:
     """Names of the models that come with the package."""
@@ -112,6 +118,32 @@ class LanguageModel:
         if any(self.layer_number(edit.layer) < self.num_layers for edit in edits):
             self._blocks()
         return self._with((*self.edits, *edits))
+
+    def recast(self, model_type: str, weights: bool = True, seed: int = 0) -> LanguageModel:
+        """A model of another architecture (`mistral`, `gpt2`, ...) with this one's sizes and tokenizer; no edits.
+
+        Weights of the same name and shape are copied; the rest, or without `weights` all, are drawn by `seed`.
+
+        Raises:
+            ChassisError: no such architecture, or one that these sizes or this package do not fit.
+        """
+        own = self.model.config.get_text_config().to_dict()
+        config = {name: own[name] for name in _SIZES if own.get(name) is not None}
+        try:
+            # OPT's names, and the scale of attention that Granite leaves open.
+            config |= {"word_embed_proj_dim": self.hidden_size, "ffn_dim": own["intermediate_size"]}
+            config |= {"attention_multiplier": (self.hidden_size // own["num_attention_heads"]) ** -0.5}
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                other = AutoConfig.for_model(model_type, **config)
+                model = AutoModelForCausalLM.from_config(other, dtype=self.model.dtype).to(self.device)
+            ours, drawn = self.model.state_dict(), model.state_dict()
+            same = {k: ours[k] for k in drawn if weights and k in ours and ours[k].shape == drawn[k].shape}
+            model.load_state_dict(drawn | same)
+            return LanguageModel(f"{self.name} as {model_type}{'' if weights else ', random'}", model, self.tokenizer)
+        except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise ChassisError(f"{self.name} cannot be recast as '{model_type}': {reason}") from error
 
     @property
     def bare(self) -> LanguageModel:
@@ -218,8 +250,8 @@ class LanguageModel:
 
     @cached_property
     def revision(self) -> str:
-        """Hash over name, shape and an even sample of 4,096 entries of every weight, and over the edits."""
-        digest = hashlib.sha256()
+        """Hash over architecture, name, shape and an even sample of 4,096 entries of every weight, and the edits."""
+        digest = hashlib.sha256(type(self.model).__name__.encode())
         for key, tensor in self.model.state_dict().items():
             flat = tensor.flatten()
             sample = flat[:: max(1, flat.numel() // 4096)]

@@ -292,6 +292,59 @@ def kl_vs_step(courses: pd.DataFrame, identity: float, title: str = "KL to the e
                    xaxis={"title_text": "step"}, yaxis={"type": "log", "title_text": "KL to the expert (nats)"})
 
 
+def phase_diagram(frame: pd.DataFrame, title: str = "Recovered share over the ranks of expert and adapter",
+                  alt: str | None = None, method: str = "rrr", split: str = "test") -> go.Figure:
+    """Recovered share as a map: adapter rank across, expert rank up, a slider over n_train, menus for method and split.
+
+    `frame` is what `evaluate` returned for several experts, with columns `expert_rank` and `n_train`. As in
+    `kl_vs_rank` each control owns one attribute: the slider `visible`, the method `xaxis`, the split `yaxis`.
+
+    Raises:
+        ChassisError: nothing to draw, a column is missing, one place is measured twice, or an unknown choice.
+    """
+    keys, by = ["expert_rank", "rank"], ["method", "split", "n_train"]
+    shown = ["kl", "kl_identity", "recovered", "n", "recovered_low", "recovered_high", *keys]
+    rows = _measured(frame, [*by, *shown]).query("method != 'identity' and recovered.notna()")
+    if rows.empty or rows.duplicated(by + keys).any():
+        raise ChassisError("the frame holds no share to draw, or two for one place: draw one seed and strength")
+    known = [[*rows["method"].unique()], [*rows["split"].unique()], sorted(map(int, rows["n_train"].unique()))]
+    chosen = (method, split, known[2][-1])
+    for kind, names, name in zip(by, known, chosen, strict=True):
+        if name not in names:
+            raise ChassisError(f"no {kind} {name!r} was measured: choose one of {', '.join(names)}")
+    up, across = (sorted(map(int, rows[key].unique())) for key in keys)
+    figure, controls = go.Figure(), []
+    attributes = (("xaxis", "x", "x2"), ("yaxis", "y", "y2"), ("visible", True, False))
+    for mark, group in rows.groupby(by, sort=False):
+        cells = group.set_index(keys, drop=False).reindex(pd.MultiIndex.from_product([up, across]))[shown]
+        lines = [[_numbers(cell) for cell in line] for line in cells.to_numpy(float).reshape(len(up), len(across), -1)]
+        where = {key: on if a == b else off for (key, on, off), a, b in zip(attributes, mark, chosen, strict=True)}
+        figure.add_heatmap(
+            z=[[cell[2] for cell in line] for line in lines], customdata=lines, meta=[*mark], texttemplate="%{z:.0%}",
+            coloraxis="coloraxis", xgap=2, ygap=2, **where,
+            hovertemplate=f"<b>{style(mark[0])[0]}</b>, {mark[1]}, N = {mark[2]:g}<br>"
+            "expert rank %{customdata[6]}, adapter rank %{customdata[7]}<br>recovered %{customdata[2]:.1%} "
+            "(%{customdata[4]:.1%} to %{customdata[5]:.1%})<br>KL %{customdata[0]:.3g}, identity %{customdata[1]:.3g}, "
+            "n = %{customdata[3]}<extra></extra>")
+    for place, ((key, on, off), names) in enumerate(zip(attributes, known, strict=True)):
+        controls.append([{"label": f"{name}", "method": "update", "args": [
+            {key: [on if trace.meta[place] == name else off for trace in figure.data]}]} for name in names])
+    first = rows[(rows["method"] == method) & (rows["split"] == split) & (rows["n_train"] == chosen[2])]["recovered"]
+    alt = alt or (f"Share of the identity KL recovered over expert and adapter rank: {style(method)[0]} on {split}, "
+                  f"fitted on {chosen[2]} prompts, from {first.min():.0%} to {first.max():.0%}.")
+    ticks = [{"showgrid": False, "tickvals": [*range(len(of))], "ticktext": of} for of in (across, up)]
+    hidden, right = {"visible": False, "range": [1e9, 1.001e9], "fixedrange": True}, 6.2 * max(map(len, known[0])) + 6
+    return _finish(
+        figure, title, alt, above=38, height=460, margin_b=126, xaxis2=hidden | {"overlaying": "x"},
+        yaxis2=hidden | {"overlaying": "y"}, xaxis={"title_text": "adapter rank", **ticks[0]},
+        yaxis={"title_text": "expert rank", **ticks[1]},
+        updatemenus=[_menu(controls[n], known[n].index(chosen[n]), (-36, right)[n], 8) for n in (0, 1)],
+        sliders=[{"active": len(known[2]) - 1, "steps": controls[2], "pad_t": 50, "currentvalue_prefix": "N = "}],
+        # Worse than no adapter orange, like none pale, all recovered blue: told apart with any colour sense.
+        coloraxis={"cmin": -1, "cmax": 1, "colorscale": [[0, PALETTE[1]], [0.5, "#F3F1EC"], [1, PALETTE[0]]],
+                   "colorbar": {"thickness": 8, "tickformat": ".0%", "tickvals": [-1, 0, 1], "outlinewidth": 0}})
+
+
 def _menu(buttons: list[dict[str, Any]], active: int, left: float, lift: int) -> dict[str, Any]:
     """A dropdown above the plot. Dark on light in either theme: plotly paints the entry under the pointer pale."""
     return {"active": active, "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom", "pad": {"l": left, "b": lift},

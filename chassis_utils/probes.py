@@ -31,6 +31,15 @@ TEMPLATES: dict[str, tuple[Callable[[int], str], ...]] = {
         lambda i: f"A farmer sells {i} apples on Monday. How many",
         lambda i: f"The committee met on day {i} of the session and",
     ),
+    "numerals": (
+        lambda i: f"{i} {i + 2} {i + 4} {i + 6}",
+        lambda i: f"On {i % 28 + 1}/{i % 12 + 1}/{i} at {i % 24:02}:{i % 60:02}, no. {i}",
+    ),
+    "languages": (
+        lambda i: f"Der Zug Nummer {i} fährt heute über die Brücke nach",
+        lambda i: f"¿Cuántas páginas tiene el libro número {i}? 📚🙂",
+        lambda i: f"第{i}頁：今天天氣很好 ☀️，我們",
+    ),
     "single": (lambda i: "Explain entropy in simple words.",),
 }
 
@@ -76,8 +85,8 @@ def probe_set(name: str, split: str = "train", n: int | None = None) -> Probes:
     """A probe set by name.
 
     Args:
-        name: a template set (`mixed`, `math`, `physics`, `unseen`, `single`) or a bundled text (`prose`, `math-text`,
-            `verse`).
+        name: a template set (`mixed`, `math`, `physics`, `unseen`, `numerals`, `languages`, `single`) or a bundled
+            text (`prose`, `math-text`, `verse`).
         split: `train`, `val` or `test`. Templates are numbered from 0, 5,000 and 8,000 as in the study; of the
             passages of a text, number 3 of every 5 is `val`, number 4 is `test`.
         n: how many; for templates 4,096 (train) or 512, for texts all.
@@ -95,7 +104,7 @@ def probe_set(name: str, split: str = "train", n: int | None = None) -> Probes:
             raise ChassisError(
                 f"n = {n} does not fit split {split} of '{name}': it holds {end - start if end else 'any'}"
             )
-        label = "template" if name in ("unseen", "single") else split
+        label = "template" if name in ("unseen", "numerals", "languages", "single") else split
         return Probes(name, label, tuple(templates[i % len(templates)](i) for i in range(start, start + n)))
     file = TEXTS / f"{name.removesuffix('-text')}.txt"
     if not file.is_file():

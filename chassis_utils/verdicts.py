@@ -295,3 +295,20 @@ def _(e: Evidence) -> str:
     if all(ahead["test"]):
         return "artefact"
     return "open" if any(map(any, ahead.values())) else "holds"
+
+
+@rule(
+    "stress_test",
+    "v1 is robust over expert ranks and distributions (KL 0.0001 to 0.0100).",
+    "On disjoint prompts, for every expert and distribution at the study's rank. Holds if v1 recovers at least 0.9 of "
+    "the identity KL on test in each; an artefact of the baseline left out if it recovers less than a tenth in each, "
+    "while the difference in all columns, fitted on the same prompts, recovers at least half in each; otherwise open.",
+)
+def _(e: Evidence) -> str:
+    table = e.frame[e.frame["method"] == "as_reported"]
+    where = {"split": "test", "rank": table["rank"].max()} | {k: [*set(table[k])] for k in ("base", "expert")}
+    e.all("kl", "as_reported", **where)
+    v1, mended = (e.all("recovered", method, **where) for method in ("v1", "rrr"))
+    if min(v1) >= 0.9:
+        return "holds"
+    return "artefact" if max(v1) < 0.1 and min(mended) >= 0.5 and len(v1) == len(mended) else "open"

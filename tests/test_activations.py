@@ -334,3 +334,17 @@ def test_a_folder_that_cannot_be_written_is_refused(activations: Activations, tm
         with refused(str(folder), "cannot write"):
             activations.save(folder)
     assert blocked.read_text() == "in the way"
+
+
+def test_a_part_of_the_prompts_is_the_same_as_harvesting_that_part(
+    base: LanguageModel, expert: LanguageModel, activations: Activations
+) -> None:
+    part, whole = activations.subset(20, 50), activations.probes
+    alone = harvest(base, expert, Probes(whole.name, whole.split, whole.prompts[50:70]), progress=False)
+    assert part.probes == alone.probes and len(part) == 20
+    for layer in activations.layers:
+        torch.testing.assert_close(part.hidden[layer], alone.hidden[layer], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(part.expert_hidden, alone.expert_hidden, atol=1e-4, rtol=1e-4)
+    for n, first in ((0, 0), (91, 0), (41, 50), (5, -1)):
+        with refused(f"n = {n}", "90"):
+            activations.subset(n, first)

@@ -50,7 +50,7 @@ def test_notebooks_are_short(profile: Profile) -> None:
 
 
 def test_every_kl_has_its_identity_baseline(records: pd.DataFrame) -> None:
-    keys = ["experiment", "expert", "split", "probes"]
+    keys = ["experiment", "base", "expert", "split", "probes"]
     kl = records[records["metric"] == "kl"]
     bare = kl[kl["method"] == "identity"].groupby(keys)["value"].count()
     for key in kl.groupby(keys).groups:

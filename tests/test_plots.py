@@ -236,6 +236,48 @@ def test_an_exact_adapter_stays_on_the_log_axis_and_hover_tells_its_true_kl() ->
     assert min(trace.y) == plots.KL_FLOOR and [point[0] for point in trace.customdata] == [0, -1e-12, 0.5]
 
 
+PHASE = pd.concat([grid(("rrr", "v1"), layers=(6,)).assign(
+    expert_rank=expert, n_train=n, recovered_low=-0.1, recovered_high=0.9,
+    recovered=lambda frame, shift=0.1 * expert + n / 1000: frame["recovered"] - shift)
+    for expert in (2, 12) for n in (48, 192, 768)])
+
+
+def test_the_phase_diagram_shows_one_map_and_the_right_one_under_every_choice() -> None:
+    figure = json.loads(plots.phase_diagram(PHASE, split="text").to_json())
+    controls = [*(menu["buttons"] for menu in figure["layout"]["updatemenus"]), figure["layout"]["sliders"][0]["steps"]]
+    chosen = [menu["buttons"][menu["active"]] for menu in figure["layout"]["updatemenus"]]
+    chosen.append(controls[2][figure["layout"]["sliders"][0]["active"]])
+    assert [one["label"] for one in chosen] == ["rrr", "text", "768"]
+    walk = random.Random(2)
+    for _ in range(60):
+        (shown,) = [trace for trace in drawn(figure) if trace["xaxis"] == "x"]
+        method, split, n = (one["label"] for one in chosen)
+        rows = PHASE[(PHASE["method"] == method) & (PHASE["split"] == split) & (PHASE["n_train"] == int(n))]
+        for y, expert in enumerate(figure["layout"]["yaxis"]["ticktext"]):
+            for x, rank in enumerate(figure["layout"]["xaxis"]["ticktext"]):
+                cell = rows[(rows["expert_rank"] == expert) & (rows["rank"] == rank)].iloc[0]
+                assert shown["z"][y][x] == pytest.approx(cell["recovered"], rel=1e-3)
+                told = [cell["kl"], cell["kl_identity"], cell["recovered"], 512, -0.1, 0.9, expert, rank]
+                assert shown["customdata"][y][x] == pytest.approx(told, rel=1e-3)
+        which = walk.randrange(3)
+        chosen[which] = walk.choice(controls[which])
+        click(figure, chosen[which])
+
+
+def test_a_place_of_the_phase_diagram_that_was_not_measured_stays_empty_and_bad_frames_are_refused() -> None:
+    part = PHASE[(PHASE["expert_rank"] == 2) | (PHASE["rank"] == 8)]
+    figure = plots.phase_diagram(part)
+    assert figure.data[0].z[1].count(None) == len(RANKS) - 1 and figure.data[0].z[0].count(None) == 0
+    assert "NaN" not in figure.to_json() and "no adapter" not in figure.layout.meta["alt"]
+    assert "on test, fitted on 768 prompts" in figure.layout.meta["alt"]
+    for frame, options, message in ((pd.concat([PHASE, PHASE]), {}, "two for one place"), (PHASE[:0], {}, "no share"),
+                                    (PHASE.drop(columns="n_train"), {}, "lacks the columns n_train"),
+                                    (PHASE, {"method": "lora"}, "no method 'lora'"),
+                                    (PHASE, {"split": "dev"}, "no split")):
+        with pytest.raises(ChassisError, match=message):
+            plots.phase_diagram(frame, **options)
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda frame: frame.iloc[:0], "no KL to draw"),
     (lambda frame: frame.assign(kl=math.nan), "no KL to draw"),

@@ -41,10 +41,19 @@ def test_splits_share_no_prompt(name: str) -> None:
 
 
 def test_unseen_templates_and_real_text_are_labelled() -> None:
-    assert {probe_set(name, split).split for name in ("unseen", "single") for split in SPLITS} == {"template"}
+    foreign = ("unseen", "numerals", "languages", "single")
+    assert {probe_set(name, split).split for name in foreign for split in SPLITS} == {"template"}
     assert [probe_set("prose", split).split for split in SPLITS] == ["train", "val", "text"]
     fitted = probe_set("mixed").fingerprints
-    assert not fitted & (probe_set("unseen", n=2000).fingerprints | probe_set("single").fingerprints)
+    assert not any(fitted & probe_set(name).fingerprints for name in foreign)
+
+
+def test_numerals_are_mostly_digits_and_languages_leave_latin_letters() -> None:
+    digits = [sum(c.isdigit() for c in p) / len(p.replace(" ", "")) for p in probe_set("numerals", n=40).prompts]
+    others = [sum(map(str.isdigit, p)) / len(p) for p in probe_set("unseen").prompts]
+    assert min(digits) > max(0.4, *others)
+    assert all(not p.isascii() for p in probe_set("languages", n=40).prompts)
+    assert any(ord(c) > 0x1F000 for p in probe_set("languages", n=9).prompts for c in p)
 
 
 @few

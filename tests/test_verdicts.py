@@ -111,6 +111,15 @@ def comparison() -> Figures:
     return figures
 
 
+def stress() -> Figures:
+    """Rank 12 is the study's; the other does not count."""
+    figures = {("kl", "as_reported", "test", None, 12): 0.01}
+    for rank, share in ((12, 0.95), (3, 0.2)):
+        for method in ("v1", "rrr"):
+            figures |= recovered(method, "test", share, rank=rank)
+    return figures
+
+
 HOLDING: dict[str, Callable[[], Figures]] = {
     "exact_adapter": exact,
     "global_hidden_alignment": alignment,
@@ -122,6 +131,7 @@ HOLDING: dict[str, Callable[[], Figures]] = {
     "hidden_to_hidden": hidden,
     "gradient_refinement": refinement,
     "comparison": comparison,
+    "stress_test": stress,
 }
 EXACT: Figures = {("recovered", "hidden", s, None, 6): 1 - 1e-9 for s in HELD_OUT}
 T = ("recovered", "as_reported")
@@ -201,6 +211,14 @@ CHANGES: list[tuple[str, str, Figures]] = [
     ("comparison", "artefact", {("recovered", "as_reported_a", "test", None, 8): -3.0}),
     ("comparison", "open", {("recovered", "mended_b", "test", None, 8): 0.5}),
     ("comparison", "open", {("recovered", "mended_c", "text", None, 8): 0.5}),
+    ("stress_test", "artefact", {("recovered", "v1", "test", None, 12): 0.02}),
+    ("stress_test", "open", {("recovered", "v1", "test", None, 12): 0.4}),
+    (
+        "stress_test",
+        "open",
+        {("recovered", "v1", "test", None, 12): 0.02, ("recovered", "rrr", "test", None, 12): 0.3},
+    ),
+    ("stress_test", "holds", {("recovered", "v1", "test", None, 3): -4.0}),
 ]
 
 
@@ -271,6 +289,31 @@ def test_a_sweep_of_the_last_layer_alone_says_nothing_of_the_middle(tmp_path: Pa
     figures = {key: value for key, value in middle().items() if key[3] == 6}
     record(tmp_path, "multi_layer_rank_sweep", figures)
     assert judge(tmp_path, "multi_layer_rank_sweep").verdict == "open"
+
+
+def test_one_expert_or_distribution_that_fails_or_lacks_its_correction_leaves_the_stress_test_open(
+    tmp_path: Path,
+) -> None:
+    cells = [(expert, probes) for expert in ("e2", "e12") for probes in ("mixed", "math")]
+
+    def judged(folder: str, v1: list[float], without: tuple[str, str] | None = None) -> str:
+        records = Records(tmp_path / folder, experiment="stress_test", notebook="n", base="b", split="test", rank=12)
+        for (expert, probes), share in zip(cells, v1, strict=True):
+            where = {"expert": expert, "probes": probes, "metric": "recovered"}
+            records.add(method="as_reported", value=0.001, **where | {"metric": "kl"})
+            records.add(method="v1", value=share, **where)
+            if (expert, probes) != without:
+                records.add(method="rrr", value=0.99, **where)
+        # Another expert, base or rank is no cell of the table.
+        records.add(method="v1", value=0.5, expert="strong", probes="mixed", metric="recovered")
+        records.add(method="v1", value=0.5, base="random", expert="e2", probes="mixed", metric="recovered")
+        records.save()
+        return judge(tmp_path / folder, "stress_test").verdict
+
+    assert judged("none", [0.0, 0.01, -0.2, 0.05]) == "artefact"
+    assert judged("all", [0.95, 0.99, 0.9, 0.92]) == "holds"
+    assert judged("one", [0.0, 0.01, 0.3, 0.05]) == judged("but-one", [0.95, 0.99, 0.3, 0.92]) == "open"
+    assert judged("unmended", [0.0, 0.01, -0.2, 0.05], without=("e12", "mixed")) == "open"
 
 
 def test_other_experiments_do_not_count(tmp_path: Path) -> None:
