@@ -204,10 +204,10 @@ def results_table(records: str | Path | pd.DataFrame) -> pd.DataFrame:
     rows = records if isinstance(records, pd.DataFrame) else read_records(records)
     table = rows.loc[rows["metric"].isin(METRICS[:4]), list(_POINT)].drop_duplicates()
     for metric in METRICS[:4]:
-        names = {"value": metric} | {end: f"{metric}_{end}" for end in ("low", "high") if f"{metric}_{end}" in TABLE}
-        names |= {"reported": "reported"} if metric == "kl" else {}
-        of = rows[rows["metric"] == metric].rename(columns=names)
-        table = table.merge(of[[*_POINT, *names.values()]], how="left")
+        bounds = {end: f"{metric}_{end}" for end in ("low", "high")}
+        of = rows[rows["metric"] == metric].rename(columns={"value": metric} | bounds)
+        figures = [metric, *bounds.values(), *(["reported"] if metric == "kl" else [])]
+        table = table.merge(of[[*_POINT, *figures]], how="left")
     bare = table[table["method"] == "identity"].rename(columns={"kl": "identity"})
     same = ["experiment", "base", "expert", "split", "probes"]
     return table.merge(bare[[*same, "identity"]].drop_duplicates(same), how="left")[list(TABLE)]
