@@ -272,7 +272,8 @@ def test_a_place_of_the_phase_diagram_that_was_not_measured_stays_empty_and_bad_
     assert "on test, fitted on 768 prompts" in figure.layout.meta["alt"]
     for frame, options, message in ((pd.concat([PHASE, PHASE]), {}, "two for one place"), (PHASE[:0], {}, "no share"),
                                     (PHASE.drop(columns="n_train"), {}, "lacks the columns n_train"),
-                                    (PHASE, {"method": "lora"}, "no method 'lora'"), (PHASE, {"split": "dev"}, "no split")):
+                                    (PHASE, {"method": "lora"}, "no method 'lora'"),
+                                    (PHASE, {"split": "dev"}, "no split")):
         with pytest.raises(ChassisError, match=message):
             plots.phase_diagram(frame, **options)
 
