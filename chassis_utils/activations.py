@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers.decoders import ByteLevel
+from torch.nn.functional import kl_div
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .errors import ChassisError
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 Expert = LanguageModel | SyntheticExpert
 
 SHARD = 1024  # prompts a shard: what a kill can cost
+_BESIDE = ("expert_hidden", "prompt", "next_token")  # what `Activations` holds a row of beside `hidden`
 
 
 @dataclass
@@ -37,18 +40,12 @@ class Activations:
     base: LanguageModel
     expert: Expert
     probes: Probes
-    positions: str
-    """`last` (one row a prompt) or `all` (one row a token)."""
-    hidden: dict[int, torch.Tensor]
-    """layer -> `(n, hidden)` of the base, float32. The final layer is always there."""
-    expert_hidden: torch.Tensor
-    """`(n, expert hidden)`: what the expert's head reads."""
-    prompt: torch.Tensor
-    """`(n,)`: number of the prompt a row belongs to."""
-    next_token: torch.Tensor
-    """`(n,)`: id of the token that follows, -1 where none does."""
-    num_bytes: int
-    """UTF-8 bytes of the tokens that `next_token` names, for bits per byte."""
+    positions: str  #: `last` (one row a prompt) or `all` (one row a token)
+    hidden: dict[int, torch.Tensor]  #: layer -> `(n, hidden)` of the base, float32. The final layer is always there
+    expert_hidden: torch.Tensor  #: `(n, expert hidden)`: what the expert's head reads
+    prompt: torch.Tensor  #: `(n,)`: number of the prompt a row belongs to
+    next_token: torch.Tensor  #: `(n,)`: id of the token that follows, -1 where none does
+    num_bytes: int  #: UTF-8 bytes of the tokens that `next_token` names, for bits per byte
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -71,10 +68,8 @@ class Activations:
         """
         number = layer + self.final + 1 if layer < 0 else layer
         if number not in self.hidden:
-            have = ", ".join(map(str, self.layers))
-            raise ChassisError(
-                f"layer {layer} is not among the harvested layers {have} of {self.base.name} (0..{self.final})"
-            )
+            have = f"{', '.join(map(str, self.layers))} of {self.base.name} (0..{self.final})"
+            raise ChassisError(f"layer {layer} is not among the harvested layers {have}")
         return self.hidden[number]
 
     def subset(self, n: int, first: int = 0) -> Activations:
@@ -84,20 +79,20 @@ class Activations:
             ChassisError: there are not that many.
         """
         if not (0 <= first and 1 <= n <= len(self.probes) - first):
-            raise ChassisError(f"n = {n} from {first}: outside the {len(self.probes)} prompts of '{self.probes.name}'")
+            held = f"1..{len(self.probes)}, the prompts of '{self.probes.name}'"
+            raise ChassisError(f"n = {n} from {first}: outside {held}")
         if self.positions == "all":
             raise ChassisError("a part of the prompts has other bytes: harvest that part instead")
         part = slice(first, first + n)
         probes = Probes(self.probes.name, self.probes.split, self.probes.prompts[part])
-        hidden = {layer: h[part] for layer, h in self.hidden.items()}
-        rows = {k: getattr(self, k)[part] for k in ("expert_hidden", "prompt", "next_token")}
-        return replace(self, probes=probes, hidden=hidden, **rows)
+        rows = {k: getattr(self, k)[part] for k in _BESIDE}
+        return replace(self, probes=probes, hidden={layer: h[part] for layer, h in self.hidden.items()}, **rows)
 
     def against(self, expert: SyntheticExpert) -> Activations:
         """The same states beside another expert that is a function of them: no forward pass."""
         _same_base(self.base, expert)
-        hidden = self.hidden[self.final].to(self.base.device)
-        return replace(self, expert=expert, expert_hidden=expert.transform(hidden).cpu())
+        theirs = expert.transform(self.hidden[self.final].to(self.base.device)).cpu()
+        return replace(self, expert=expert, expert_hidden=theirs)
 
     def gradient(self, layer: int, after: Adapter | None = None, batch_tokens: int = 2048) -> torch.Tensor:
         """Gradient of the summed KL(expert || adapted base) with respect to a layer's states, `(n, hidden)`.
@@ -113,7 +108,7 @@ class Activations:
         model, ids = self.base.edited(lever), tokenize(self.base, self.probes)[0]
         starts = [0, *itertools.accumulate(map(len, ids))]
         gradient = torch.zeros_like(self.layer(layer))
-        for batch in _batches([len(i) for i in ids], batch_tokens):
+        for batch in _batches(dict(enumerate(map(len, ids))), batch_tokens):
             tokens, mask = _padded([ids[i] for i in batch])
             with torch.enable_grad():
                 real = mask.bool()
@@ -121,24 +116,18 @@ class Activations:
                 rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in batch])
                 target = self.expert.readout(self.expert_hidden[rows].to(model.device))
                 ours = model.readout(state[final]) if after is None else after.logits(model, state)
-                torch.nn.functional.kl_div(
-                    ours.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True
-                ).backward()
+                kls = kl_div(ours.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True)
+                kls.backward()
             gradient[rows] = lever.zero.grad[real].cpu()
         return gradient
 
     def save(self, folder: str | Path) -> Path:
         """Write as `activations.safetensors`; read back with `Activations.load`."""
         folder = _make(folder)
-        tensors = {f"hidden.{layer}": h for layer, h in self.hidden.items()}
-        tensors |= {"expert_hidden": self.expert_hidden, "prompt": self.prompt, "next_token": self.next_token}
-        meta = {
-            "probes": json.dumps([self.probes.name, self.probes.split, self.probes.prompts]),
-            "positions": self.positions,
-            "num_bytes": str(self.num_bytes),
-            "base": self.base.revision,
-            "expert": self.expert.revision,
-        }
+        tensors = {f"hidden.{n}": h for n, h in self.hidden.items()} | {k: getattr(self, k) for k in _BESIDE}
+        meta = {"base": self.base.revision, "expert": self.expert.revision, "positions": self.positions}
+        meta["probes"] = json.dumps([self.probes.name, self.probes.split, self.probes.prompts])
+        meta["num_bytes"] = str(self.num_bytes)
         return _write(tensors, folder / "activations.safetensors", meta)
 
     @classmethod
@@ -155,9 +144,8 @@ class Activations:
                 raise ChassisError(f"{path} was made with another {role} than {model.name}: harvest again")
         name, split, prompts = json.loads(meta["probes"])
         hidden = {int(k.split(".")[1]): t for k, t in tensors.items() if k.startswith("hidden.")}
-        rest = {k: tensors[k] for k in ("expert_hidden", "prompt", "next_token")}
-        probes = Probes(name, split, tuple(prompts))
-        return cls(base, expert, probes, meta["positions"], hidden, num_bytes=int(meta["num_bytes"]), **rest)
+        rest = {k: tensors[k] for k in _BESIDE} | {"num_bytes": int(meta["num_bytes"])}
+        return cls(base, expert, Probes(name, split, tuple(prompts)), meta["positions"], hidden, **rest)
 
 
 @dataclass
@@ -198,7 +186,7 @@ def harvest(
     Args:
         base: the frozen base.
         expert: a model with the base's tokenizer, or a function of the base's hidden state.
-        probes: what to run.
+        probes: the prompts.
         positions: `last` token of each prompt, or `all` tokens.
         layers: of the base, 0..num_layers, negative from the last; None is every layer.
         batch_tokens: padded tokens a batch.
@@ -211,12 +199,10 @@ def harvest(
             tokenizers that differ, or activations that are not finite (prompt and layer are named).
     """
     final = base.num_layers
-    layers = range(final + 1) if layers is None else layers
-    wanted = sorted({final, *(base.layer_number(layer) for layer in layers)})
-    if positions not in ("last", "all"):
-        raise ChassisError(f"positions = '{positions}': choose last or all")
-    if padding not in ("left", "right"):
-        raise ChassisError(f"padding = '{padding}': choose left or right")
+    wanted = sorted({final, *map(base.layer_number, range(final) if layers is None else layers)})
+    for name, value, known in (("positions", positions, ("last", "all")), ("padding", padding, ("left", "right"))):
+        if value not in known:
+            raise ChassisError(f"{name} = '{value}': choose {' or '.join(known)}")
     ids, num_bytes = tokenize(base, probes)
     if isinstance(expert, LanguageModel):
         if getattr(base.tokenizer, "is_fast", False) and expert.tokenizer_hash == base.tokenizer_hash:
@@ -285,64 +271,46 @@ class _Run:
     def collect(self, model: LanguageModel, layers: list[int]) -> dict[str, torch.Tensor]:
         """`hidden.<layer> (n, hidden)` of one model, `prompt (n,)` and `next_token (n,)`."""
         ids = self.ids
-        key = {
-            "model": model.revision,
-            "tokenizer": model.tokenizer_hash,
-            "dtype": str(model.model.dtype),
-            "probes": self.probes.digest,
-            "positions": self.positions,
-            "layers": layers,
-            "shard": SHARD,
-            "torch": torch.__version__,
-        }
+        key = {"model": model.revision, "tokenizer": model.tokenizer_hash, "dtype": str(model.model.dtype)}
+        key |= {"probes": self.probes.digest, "positions": self.positions, "layers": layers}
+        key |= {"shard": SHARD, "torch": torch.__version__}
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         parts: list[dict[str, torch.Tensor]] = []
         bar = tqdm(total=len(ids), desc=f"{model.name} / {self.probes.name}", disable=not self.progress, leave=False)
         for first in range(0, len(ids), SHARD):
             path = None if self.out_dir is None else self.out_dir / f"{digest}-{first // SHARD:05d}.safetensors"
             part = None
-            if path is not None and path.exists():
+            if path and path.exists():
                 try:
                     part = _read(path)[0]
                 except ChassisError:
                     tqdm.write(f"{path.name} is damaged and is made again")
             if part is None:
                 part = self._shard(model, layers, ids[first : first + SHARD], first)
-                if path is not None:
+                if path:
                     _write(part, path, {"key": json.dumps(key)})
             parts.append(part)
             bar.update(min(SHARD, len(ids) - first))
         bar.close()
         return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
-    def _shard(
-        self, model: LanguageModel, layers: list[int], ids: list[list[int]], first: int
-    ) -> dict[str, torch.Tensor]:
-        rows: dict[int, dict[int, torch.Tensor]] = {}
-        shared = _shared(ids) if self.positions == "last" and model.keeps_cache else [(0, list(range(len(ids))))]
-        work = [
-            (cut, [some[n] for n in batch])
-            for cut, some in shared
-            for batch in _batches([len(ids[i]) - cut for i in some], self.batch_tokens)
-        ]
-        for cut, batch in work:
-            tokens, mask = _padded([ids[i][cut:] for i in batch], self.padding)
-            for layer, state in model.states(tokens, mask, layers, ids[batch[0]][:cut]).items():
-                state = state.cpu()
-                for row, i in enumerate(batch):
-                    real = state[row][mask[row].bool()]
-                    real = real[-1:].clone() if self.positions == "last" else real.clone()
-                    if not torch.isfinite(real).all():
-                        raise ChassisError(
-                            f"{model.name} gives NaN or infinity at layer {layer} on prompt {first + i} of "
-                            f"'{self.probes.name}': try dtype float32, or leave that prompt out"
-                        )
-                    rows.setdefault(i, {})[layer] = real
-        part = {f"hidden.{layer}": torch.cat([rows[i][layer] for i in range(len(ids))]) for layer in layers}
-        keep = [i[-1:] if self.positions == "last" else i for i in ids]
-        following = [[-1] if self.positions == "last" else [*i[1:], -1] for i in ids]
-        part["prompt"] = torch.tensor([first + n for n, i in enumerate(keep) for _ in i])
-        part["next_token"] = torch.tensor([t for f in following for t in f])
+    def _shard(self, model: LanguageModel, layers: list[int], ids: list[list[int]], first: int) -> dict:
+        rows: dict[int, dict[int, torch.Tensor]] = {i: {} for i in range(len(ids))}
+        last = self.positions == "last"
+        for cut, some in _shared(ids) if last and model.keeps_cache else [(0, list(rows))]:
+            for batch in _batches({i: len(ids[i]) - cut for i in some}, self.batch_tokens):
+                tokens, mask = _padded([ids[i][cut:] for i in batch], self.padding)
+                for layer, states in model.states(tokens, mask, layers, ids[batch[0]][:cut]).items():
+                    for i, state, own in zip(batch, states.cpu(), mask.bool(), strict=True):
+                        rows[i][layer] = state[own][-1 if last else 0 :].clone()
+                        if not torch.isfinite(rows[i][layer]).all():
+                            where = f"layer {layer} on prompt {first + i} of '{self.probes.name}'"
+                            raise ChassisError(
+                                f"{model.name} gives NaN or infinity at {where}: try dtype float32, or leave it out"
+                            )
+        part = {f"hidden.{layer}": torch.cat([row[layer] for row in rows.values()]) for layer in layers}
+        part["prompt"] = torch.tensor([first + n for n, i in enumerate(ids) for _ in (i[-1:] if last else i)])
+        part["next_token"] = torch.tensor([token for i in ids for token in ([] if last else i[1:]) + [-1]])
         return part
 
 
@@ -398,19 +366,17 @@ def _shared(ids: list[list[int]], least: int = 3, crowd: int = 16) -> list[tuple
 def _check_ids(model: LanguageModel, probes: Probes, encoded: list[list[int]]) -> None:
     rows = model.model.get_input_embeddings().weight.shape[0]
     for n, ids in enumerate(encoded):
+        here = f"prompt {n} of '{probes.name}' has"
         if len(ids) > model.context:
-            raise ChassisError(
-                f"prompt {n} of '{probes.name}' has {len(ids)} tokens, {model.name} takes {model.context}: shorten it"
-            )
+            raise ChassisError(f"{here} {len(ids)} tokens, {model.name} takes {model.context}: shorten it")
         if not ids or max(ids) >= rows:
-            raise ChassisError(f"prompt {n} of '{probes.name}' has no token, or one that {model.name} does not have")
+            raise ChassisError(f"{here} no token, or one that {model.name} does not have")
 
 
-def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
-    """Places in batches of like length, at most `batch_tokens` padded tokens each."""
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+def _batches(lengths: dict[int, int], batch_tokens: int) -> list[list[int]]:
+    """Prompt numbers in batches of like length, at most `batch_tokens` padded tokens each."""
     batches: list[list[int]] = [[]]
-    for i in order:
+    for i in sorted(lengths, key=lambda i: (lengths[i], i)):
         if batches[-1] and lengths[i] * (len(batches[-1]) + 1) > batch_tokens:
             batches.append([])
         batches[-1].append(i)
@@ -419,13 +385,8 @@ def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
 
 def _padded(ids: list[list[int]], side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask, `(batch, length)` each."""
-    width = max(map(len, ids))
-    tokens = torch.zeros(len(ids), width, dtype=torch.long)
-    mask = torch.zeros_like(tokens)
-    for row, own in enumerate(ids):
-        place = slice(0, len(own)) if side == "right" else slice(width - len(own), width)
-        tokens[row, place] = torch.tensor(own)
-        mask[row, place] = 1
+    rows = [torch.tensor(own) for own in ids]
+    tokens, mask = (pad_sequence(part, True, 0, side) for part in (rows, [torch.ones_like(own) for own in rows]))
     return tokens, mask
 
 
