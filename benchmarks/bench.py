@@ -17,7 +17,7 @@ from torch.nn.functional import kl_div
 from tqdm.auto import tqdm
 
 from chassis_utils import ChassisError, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load, probe_set
-from chassis_utils.activations import Expert
+from chassis_utils.activations import Expert, _batches, _padded, tokenize
 from chassis_utils.solve import Gram
 
 RANKS = (4, 8, 16, 32, 64, 128)
@@ -41,13 +41,14 @@ def ours(base: LanguageModel, expert: Expert, n: int, layers: list[int], method:
     return evaluate(base, expert, [one.at_rank(rank) for one in full for rank in RANKS], held_out)
 
 
-def recorded(base: LanguageModel, expert: LanguageModel, n: int) -> list[dict[str, torch.Tensor]]:
-    """The padded ids and masks `(batch, length)` that `ours` gives to the base, and so to the expert."""
-    batches, names = [], ("input_ids", "attention_mask")
-    keep = lambda _, __, given: batches.append({name: given[name] for name in names})  # noqa: E731
-    hook = base.backbone.register_forward_pre_hook(keep, with_kwargs=True)
-    ours(base, expert, n, [base.num_layers], "rrr")
-    hook.remove()
+def whole(base: LanguageModel, n: int) -> list[dict[str, torch.Tensor]]:
+    """Padded ids and masks `(batch, length)` of the same prompts, batched by length as in `harvest`, nothing shared."""
+    batches = []
+    for given in probes(n):
+        ids = tokenize(base, given)[0]
+        for batch in _batches([len(one) for one in ids], 4096):
+            tokens, mask = _padded([ids[i] for i in batch])
+            batches.append({"input_ids": tokens, "attention_mask": mask})
     return batches
 
 
@@ -124,7 +125,7 @@ def peak(name: str, n: int) -> int:
 
 def measure(base: LanguageModel, expert: LanguageModel, n: int) -> dict[str, list[float]]:
     """All ratios of time by name; of KL too, to show that both ways find the same adapters."""
-    final, synthetic, batches = base.num_layers, SyntheticExpert.from_base(base), recorded(base, expert, n)
+    final, synthetic, batches = base.num_layers, SyntheticExpert.from_base(base), whole(base, n)
     parts, kept = {"ours": lambda: ours(base, expert, n, [final], "rrr")}, {}
     parts["bare passes"] = lambda: bare([base.model, expert.model], batches)
     parts["bare passes without heads"] = lambda: bare([base.backbone, expert.backbone], batches)
