@@ -7,10 +7,10 @@ import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -175,19 +175,16 @@ class LanguageModel:
     def _on_the_way(self) -> Iterator[None]:
         """Every edit below the final layer hooked to the block that reads its layer."""
 
-        def changing(edit: Edit) -> Callable:
-            def hook(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-                # The state is the first argument, by place or by name.
-                state = args[0] if args else kwargs["hidden_states"]
-                changed = (state.float() + edit.delta(state.float())).to(state.dtype)
-                return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
-
-            return hook
+        def change(edit: Edit, _: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            # The state is the first argument, by place or by name.
+            state = args[0] if args else kwargs["hidden_states"]
+            changed = (state.float() + edit.delta(state.float())).to(state.dtype)
+            return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
 
         with ExitStack() as stack:
             for edit in (edit for edit in self.edits if edit.layer < self.num_layers):
                 block = self._blocks()[edit.layer]
-                stack.callback(block.register_forward_pre_hook(changing(edit), with_kwargs=True).remove)
+                stack.callback(block.register_forward_pre_hook(partial(change, edit), with_kwargs=True).remove)
             yield
 
     @property
