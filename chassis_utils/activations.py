@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,14 +106,14 @@ class Activations:
             raise ChassisError("gradients are taken at every position: harvest with positions='all'")
         lever, final = _Lever(self.base.layer_number(layer)), self.final
         model, ids = self.base.edited(lever), tokenize(self.base, self.probes)[0]
-        starts = [0, *itertools.accumulate(map(len, ids))]
+        rows_of = torch.arange(len(self)).split([*map(len, ids)])
         gradient = torch.zeros_like(self.layer(layer))
         for batch in _batches(dict(enumerate(map(len, ids))), batch_tokens):
             tokens, mask = _padded([ids[i] for i in batch])
             with torch.enable_grad():
                 real = mask.bool()
                 state = {final: model.states(tokens, mask, grad=True)[final][real]}
-                rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in batch])
+                rows = torch.cat([rows_of[i] for i in batch])
                 target = self.expert.readout(self.expert_hidden[rows].to(model.device))
                 ours = model.readout(state[final]) if after is None else after.logits(model, state)
                 kls = kl_div(ours.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True)
@@ -218,12 +218,11 @@ def harvest(
     part = run.collect(base, wanted)
     states = {layer: part[f"hidden.{layer}"] for layer in wanted}
     if isinstance(expert, LanguageModel):
-        expert_hidden = run.collect(expert, [expert.num_layers])[f"hidden.{expert.num_layers}"]
+        theirs = run.collect(expert, [expert.num_layers])[f"hidden.{expert.num_layers}"]
     else:
         bare = states[final] if base.bare is base else run.collect(base.bare, wanted)[f"hidden.{final}"]
-        expert_hidden = expert.transform(bare.to(base.device)).cpu()
-    rows = part["prompt"], part["next_token"]
-    return Activations(base, expert, probes, positions, states, expert_hidden, *rows, num_bytes)
+        theirs = expert.transform(bare.to(base.device)).cpu()
+    return Activations(base, expert, probes, positions, states, theirs, part["prompt"], part["next_token"], num_bytes)
 
 
 def harvest_splits(
@@ -243,17 +242,12 @@ def harvest_splits(
         passages of `text`: `text_train`, `text_val`, `text`.
     """
     held = max(1, n_train // 8)
-    sets = {
-        "train": (probe_set("mixed", "train", n_train), "last"),
-        "val": (probe_set("mixed", "val", held), "last"),
-        "test": (probe_set("mixed", "test", held), "last"),
-        "template": (probe_set("unseen", "test", held), "last"),
-        "single": (probe_set("single", "test"), "last"),
-        "text_train": (probe_set(text, "train"), "all"),
-        "text_val": (probe_set(text, "val"), "all"),
-        "text": (probe_set(text, "test"), "all"),
-    }
-    return {k: harvest(base, expert, p, where, out_dir=out_dir, progress=progress) for k, (p, where) in sets.items()}
+    sets = {"train": ("mixed", "train", n_train), "val": ("mixed", "val", held), "test": ("mixed", "test", held)}
+    sets |= {"template": ("unseen", "test", held), "single": ("single", "test")}
+    texts = {"text_train": (text, "train"), "text_val": (text, "val"), "text": (text, "test")}
+    asked = [(sets, "last"), (texts, "all")]
+    go = partial(harvest, base, expert, out_dir=out_dir, progress=progress)
+    return {k: go(probe_set(*named), where) for some, where in asked for k, named in some.items()}
 
 
 @dataclass

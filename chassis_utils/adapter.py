@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from .activations import Activations
 from .errors import ChassisError
 from .experts import SyntheticExpert
-from .models import LanguageModel, tensor_hash
+from .models import LanguageModel, Readout, tensor_hash
 from .records import replacing
 from .solve import Gram, low_rank, ridge
 
@@ -30,30 +30,20 @@ class Adapter:
     """
 
     method: str
-    layer: int
-    """Layer of the base whose hidden state is read."""
-    down: torch.Tensor
-    """`(hidden, rank)`."""
-    up: torch.Tensor
-    """`(rank, m)`: m is the vocabulary, the number of `columns`, or the hidden size."""
-    bias: torch.Tensor
-    """`(m,)`."""
+    layer: int  #: Layer of the base whose hidden state is read
+    down: torch.Tensor  #: `(hidden, rank)`
+    up: torch.Tensor  #: `(rank, m)`: m is the vocabulary, the number of `columns`, or the hidden size
+    bias: torch.Tensor  #: `(m,)`
     base_name: str
-    head_hash: str
-    """Of the base's readout: the adapter fits no other."""
-    space: str = "logits"
-    """What is corrected: `logits`, or `hidden` (the head's input)."""
+    head_hash: str  #: Of the base's readout: the adapter fits no other
+    space: str = "logits"  #: What is corrected: `logits`, or `hidden` (the head's input)
+    #: What the correction is added to: the `final` state, the `layer`'s state read without the final norm (as the
+    #: study did), the same `normed`, or `nothing` (a lens).
     onto: str = "final"
-    """What the correction is added to: the `final` state, the `layer`'s state read without the final norm (as the
-    study did), the same `normed`, or `nothing` (a lens)."""
-    columns: torch.Tensor | None = None
-    """`(m,)` vocabulary ids that are corrected; None is all."""
-    values: torch.Tensor | None = None
-    """Singular values of the full map, largest first."""
-    fitted_on: frozenset[int] = frozenset()
-    """Fingerprints of the prompts it was fitted on."""
-    info: dict = field(default_factory=dict)
-    """Fit settings and statistics, plain numbers and strings."""
+    columns: torch.Tensor | None = None  #: `(m,)` vocabulary ids that are corrected; None is all
+    values: torch.Tensor | None = None  #: Singular values of the full map, largest first
+    fitted_on: frozenset[int] = frozenset()  #: Fingerprints of the prompts it was fitted on
+    info: dict = field(default_factory=dict)  #: Fit settings and statistics, plain numbers and strings
 
     @property
     def rank(self) -> int:
@@ -76,9 +66,7 @@ class Adapter:
             ChassisError: rank 0 or below, or above what was fitted.
         """
         if not (isinstance(rank, int) and 1 <= rank <= self.rank):
-            raise ChassisError(
-                f"rank {rank} is outside 1..{self.rank}, what this {self.method} adapter was fitted with"
-            )
+            raise ChassisError(f"rank {rank} is outside 1..{self.rank}, the fitted rank of this {self.method} adapter")
         return replace(self, down=self.down[:, :rank], up=self.up[:rank])
 
     def delta(self, state: torch.Tensor) -> torch.Tensor:
@@ -92,31 +80,24 @@ class Adapter:
 
     def logits(self, base: LanguageModel, hidden: dict[int, torch.Tensor]) -> torch.Tensor:
         """Adapted logits `(n, vocab)` from the base's hidden states, layer -> `(n, hidden)`."""
-        readout = base.readout
-        state = hidden[self.layer]
+        readout, state = base.readout, hidden[self.layer]
         correction = self.delta(state)
         if self.onto == "nothing":
-            start = None
-        elif self.onto == "final":
-            start = hidden[base.num_layers]
-        else:
-            start = base.final_norm(state) if self.onto == "normed" and self.layer != base.num_layers else state
+            return readout(correction) if self.space == "hidden" else readout.cap(correction)
+        start = hidden[base.num_layers] if self.onto == "final" else state
+        if self.onto == "normed" and self.layer != base.num_layers:
+            start = base.final_norm(state)
         if self.space == "hidden":
-            return readout(correction if start is None else start + correction)
-        if start is None:
-            return readout.cap(correction)
-        logits = readout.linear(start)
+            return readout(start + correction)
         if self.columns is None:
-            return readout.cap(logits + correction)
-        return readout.cap(logits.index_add(1, self.columns, correction))
+            return readout.cap(readout.linear(start) + correction)
+        return readout.cap(readout.linear(start).index_add(1, self.columns, correction))
 
     def into_hidden(self, base: LanguageModel, inverse: str = "pseudo") -> Adapter:
         """The change of logits as a change of the head's input.
 
-        Args:
-            base: whose head is inverted.
-            inverse: `pseudo` (least squares over the corrected columns), or `transpose`, which multiplies by the
-                head's rows instead, as experiment 6 did.
+        The inverse of the base's head is `pseudo` (least squares over the corrected columns), or `transpose`, which
+        multiplies by the head's rows instead, as experiment 6 did.
 
         Raises:
             ChassisError: an unknown `inverse`, or an adapter that changes hidden states already.
@@ -129,19 +110,15 @@ class Adapter:
 
     def to(self, device: torch.device | str) -> Adapter:
         """The same adapter on another device."""
-        moved = {k: getattr(self, k) for k in ("down", "up", "bias", "columns")}
-        return replace(self, **{k: None if t is None else t.to(device) for k, t in moved.items()})
+        moved = {k: t.to(device) for k in ("down", "up", "bias", "columns") if (t := getattr(self, k)) is not None}
+        return replace(self, **moved)
 
     @classmethod
     def identity(cls, base: LanguageModel, layer: int | None = None, onto: str = "final") -> Adapter:
         """No correction: the unadapted base, or (with another layer and `onto`) the logit lens."""
-        layer = base.num_layers if layer is None else layer
-        empty = (
-            torch.zeros(base.hidden_size, 0, device=base.device),
-            torch.zeros(0, base.vocab_size, device=base.device),
-        )
-        bias = torch.zeros(base.vocab_size, device=base.device)
-        return cls("identity", layer, *empty, bias, base.name, base.head_hash, onto=onto)
+        layer, h, m = base.num_layers if layer is None else layer, base.hidden_size, base.vocab_size
+        maps = (torch.zeros(shape, device=base.device) for shape in ((h, 0), (0, m), (m,)))
+        return cls("identity", layer, *maps, base.name, base.head_hash, onto=onto)
 
     @classmethod
     def exact(cls, base: LanguageModel, expert: SyntheticExpert) -> Adapter:
@@ -158,27 +135,20 @@ class Adapter:
         folder = Path(folder)
         if folder.exists() and not (folder / "adapter.json").is_file():
             raise ChassisError(f"{folder} exists and is no adapter folder: choose another name")
-        tensors = {k: t for k in ("down", "up", "bias", "columns", "values") if (t := getattr(self, k)) is not None}
+        tensors = {k: t.cpu().contiguous() for k, t in vars(self).items() if isinstance(t, torch.Tensor)}
         if self.fitted_on:
             tensors["fitted_on"] = torch.tensor(sorted(self.fitted_on))
-        plain = {
-            k: v for k, v in asdict(replace(self, fitted_on=frozenset())).items() if not isinstance(v, torch.Tensor)
-        }
-        plain = {"format": FORMAT} | {k: v for k, v in plain.items() if k not in ("columns", "values", "fitted_on")}
+        plain = {"format": FORMAT} | {k: v for k, v in vars(self).items() if isinstance(v, int | str | dict)}
         text = json.dumps(plain, indent=1) + "\n"
         with replacing(folder) as temporary:
             temporary.mkdir(parents=True)
-            save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary / "adapter.safetensors")
+            save_file(tensors, temporary / "adapter.safetensors")
             (temporary / "adapter.json").write_text(text)
         return folder
 
     @classmethod
     def load(cls, folder: str | Path, base: LanguageModel | None = None) -> Adapter:
-        """Read an adapter folder; nothing in it is executed.
-
-        Args:
-            folder: what `save` wrote.
-            base: refuse the adapter unless it was made for this base's head.
+        """Read the folder that `save` wrote, and refuse it unless it fits the base's head; nothing in it is executed.
 
         Raises:
             ChassisError: nothing there, damaged, of an unknown format, or made for another base.
@@ -192,9 +162,8 @@ class Adapter:
             adapter = cls(**plain, **tensors, fitted_on=fitted_on)
             adapter._check()
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            raise ChassisError(
-                f"{folder} is not a readable adapter folder ({type(error).__name__}): save it again"
-            ) from error
+            kind = type(error).__name__
+            raise ChassisError(f"{folder} is not a readable adapter folder ({kind}): save it again") from error
         if known != FORMAT:
             raise ChassisError(f"{folder} has adapter format {known}, this version reads {FORMAT}: update chassis")
         if base is not None:
@@ -216,10 +185,8 @@ class Adapter:
             ChassisError: naming both.
         """
         if self.head_hash != base.head_hash:
-            raise ChassisError(
-                f"this adapter was made for {self.base_name} (head {self.head_hash}), not for {base.name} "
-                f"(head {base.head_hash}): fit one for this base"
-            )
+            ours, theirs = f"{self.base_name} (head {self.head_hash})", f"{base.name} (head {base.head_hash})"
+            raise ChassisError(f"this adapter was made for {ours}, not for {theirs}: fit one for this base")
 
 
 Method = Callable[..., Adapter]
@@ -228,12 +195,7 @@ METHODS: dict[str, Method] = {}
 
 def method(name: str) -> Callable[[Method], Method]:
     """Register a closed form under the name that `fit` takes."""
-
-    def register(function: Method) -> Method:
-        METHODS[name] = function
-        return function
-
-    return register
+    return lambda function: METHODS.setdefault(name, function)
 
 
 def fit(
@@ -266,24 +228,16 @@ def fit(
         raise ChassisError(f"no method '{method}': choose from {', '.join(sorted(METHODS))}")
     function = METHODS[method]
     known = function.__code__.co_varnames[3 : function.__code__.co_argcount + function.__code__.co_kwonlyargcount]
-    if unknown := set(options) - set(known):
-        raise ChassisError(
-            f"method {method} has no option {', '.join(sorted(unknown))}; it takes {', '.join(known) or 'none'}"
-        )
+    if unknown := ", ".join(sorted({*options} - {*known})):
+        raise ChassisError(f"method {method} has no option {unknown}; it takes {', '.join(known) or 'none'}")
     base, expert = activations.base, activations.expert
     if expert.readout.softcap != base.readout.softcap:
         raise ChassisError(f"{base.name} and {expert.name} cap their logits differently: no linear map joins them")
     activations.layer(layer)
     adapter = function(activations, layer % (base.num_layers + 1), lam, **options)
-    info = adapter.info | {
-        "n": len(activations),
-        "lam": lam,
-        "probes": activations.probes.name,
-        "positions": activations.positions,
-        "base_revision": base.revision,
-        "expert": expert.name,
-        "expert_revision": expert.revision,
-    }
+    info = adapter.info | {"n": len(activations), "lam": lam, "probes": activations.probes.name}
+    info |= {"positions": activations.positions, "base_revision": base.revision}
+    info |= {"expert": expert.name, "expert_revision": expert.revision}
     adapter = replace(adapter, method=method, info=info, fitted_on=activations.probes.fingerprints).to(base.device)
     try:
         adapter._check()
@@ -293,18 +247,14 @@ def fit(
 
 
 def _adapter(a: Activations, layer: int, factors: tuple[torch.Tensor, ...], bias: torch.Tensor, **kind) -> Adapter:
-    down, up, values = factors
-    return Adapter(
-        "", layer, down.float(), up.float(), bias.float(), a.base.name, a.base.head_hash, values=values.float(), **kind
-    )
+    down, up, values, bias = (t.float() for t in (*factors, bias))
+    return Adapter("", layer, down, up, bias, a.base.name, a.base.head_hash, values=values, **kind)
 
 
-def _readouts(a: Activations) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`J_e (expert hidden, vocab)`, `J (hidden, vocab)` and expert bias minus base bias `(vocab,)`, float64 on CPU."""
-    expert, base = a.expert.readout, a.base.readout
-    zero = torch.zeros(base.vocab_size, dtype=torch.float64)
-    bias = sum(((s * r.bias.cpu().double()) for s, r in ((1, expert), (-1, base)) if r.bias is not None), zero)
-    return expert.weight.T.cpu().double(), base.weight.T.cpu().double(), bias
+def _head(readout: Readout) -> tuple[torch.Tensor, torch.Tensor]:
+    """`J (hidden, vocab)` and its bias `(vocab,)`, zero where there is none; float64 on the CPU."""
+    weight = readout.weight.T.cpu().double()
+    return weight, weight.new_zeros(weight.shape[1]) if readout.bias is None else readout.bias.cpu().double()
 
 
 def difference(a: Activations, layer: int, lam: float) -> tuple[torch.Tensor, torch.Tensor, Gram]:
@@ -315,12 +265,12 @@ def difference(a: Activations, layer: int, lam: float) -> tuple[torch.Tensor, to
     Returns:
         `B (hidden, vocab)`, `d (vocab,)`, and the statistics used.
     """
-    expert_head, base_head, head_bias = _readouts(a)
+    (expert_head, expert_bias), (base_head, base_bias) = _head(a.expert.readout), _head(a.base.readout)
     gram = Gram.of(a.layer(layer), torch.cat([a.expert_hidden, a.hidden[a.final]], dim=1))
     weight, bias = ridge(gram, lam)
     cut = a.expert_hidden.shape[1]
     full = weight[:, :cut] @ expert_head - weight[:, cut:] @ base_head
-    shift = bias[:cut] @ expert_head - bias[cut:] @ base_head + head_bias
+    shift = bias[:cut] @ expert_head - bias[cut:] @ base_head + expert_bias - base_bias
     if a.base.readout.softcap is None:
         # A constant over the vocabulary changes no probability (unless a cap follows): it would only cost rank.
         full, shift = full - full.mean(1, keepdim=True), shift - shift.mean()
@@ -344,12 +294,9 @@ def _rrr(a: Activations, layer: int, lam: float) -> Adapter:
 @method("lens")
 def _lens(a: Activations, layer: int, lam: float) -> Adapter:
     """A layer's state straight to the expert's logits, all columns (experiment 3)."""
-    expert_head, _, _ = _readouts(a)
+    head, head_bias = _head(a.expert.readout)
     weight, bias = ridge(Gram.of(a.layer(layer), a.expert_hidden), lam)
-    shift = bias @ expert_head
-    if a.expert.readout.bias is not None:
-        shift = shift + a.expert.readout.bias.cpu().double()
-    return _adapter(a, layer, low_rank(weight @ expert_head), shift, onto="nothing")
+    return _adapter(a, layer, low_rank(weight @ head), bias @ head + head_bias, onto="nothing")
 
 
 @method("v1")
@@ -359,28 +306,23 @@ def _v1(a: Activations, layer: int, lam: float, top_k: int | None = None, normed
     Source: experiments 4 and 5. `top_k` is 2,048 of 32,000 there and the same share here; `normed` reads the
     layer through the final norm, which the study left out.
     """
-    base, x = a.base, a.layer(layer)
-    vocab = base.vocab_size
+    base, x, vocab = a.base, a.layer(layer), a.base.vocab_size
     top_k = max(1, round(vocab * 2048 / 32000)) if top_k is None else top_k
     if not 1 <= top_k <= vocab:
         raise ChassisError(f"top_k = {top_k} is outside 1..{vocab}, the vocabulary of {base.name}")
     lens = _lens(a, layer, lam)
     columns = (lens.down @ lens.up).norm(dim=0).topk(top_k).indices.sort().values
-    if x.shape[1] != base.hidden_size:
-        raise ChassisError(
-            f"layer {layer} of {base.name} has size {x.shape[1]}, its head reads {base.hidden_size}: use rrr"
-        )
+    h, read = x.shape[1], base.hidden_size
+    if h != read:
+        raise ChassisError(f"layer {layer} of {base.name} has size {h}, its head reads {read}: use rrr")
     onto = "normed" if normed and layer != a.final else "layer"
     own = base.final_norm(x) if onto == "normed" else x
-    head = base.readout.weight.T.cpu().double()[:, columns]
-    head_bias = 0 if base.readout.bias is None else base.readout.bias.cpu().double()[columns]
+    head, head_bias = (part[..., columns] for part in _head(base.readout))
     # D = X W_K + b_K - (X J)_K is linear in X (and in its norm), so statistics of hidden states suffice.
-    gram = Gram.of(x, torch.cat([x, own], dim=1))
-    weight, bias = ridge(gram, lam)
-    h = x.shape[1]
-    lens_map, lens_up = lens.down.double(), lens.up.double()[:, columns]
-    full = weight[:, :h] @ lens_map @ lens_up - weight[:, h:] @ head
-    shift = bias[:h] @ lens_map @ lens_up + lens.bias.double()[columns] - bias[h:] @ head - head_bias
+    weight, bias = ridge(Gram.of(x, torch.cat([x, own], dim=1)), lam)
+    lens_map = lens.down.double() @ lens.up.double()[:, columns]
+    full = weight[:, :h] @ lens_map - weight[:, h:] @ head
+    shift = bias[:h] @ lens_map + lens.bias.double()[columns] - bias[h:] @ head - head_bias
     return _adapter(a, layer, low_rank(full), shift, onto=onto, columns=columns, info={"top_k": top_k})
 
 
@@ -412,11 +354,11 @@ def _projected(a: Activations, layer: int, lam: float, dim: int | None = None, s
     dim = max(1, hidden // 8) if dim is None else dim
     if not 1 <= dim <= hidden:
         raise ChassisError(f"dim = {dim} is outside 1..{hidden}, the hidden size of {a.base.name}")
-    draw = torch.randn(hidden, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    projection = torch.linalg.qr(draw).Q
+    generator = torch.Generator().manual_seed(seed)
+    projection = torch.linalg.qr(torch.randn(hidden, dim, generator=generator, dtype=torch.float64)).Q
     weight, bias = ridge(Gram.of(a.layer(layer).double() @ projection, a.expert_hidden.double() @ projection), lam)
-    factors = low_rank(weight)
-    lifted = (projection @ factors[0], factors[1] @ projection.T, factors[2])
+    down, up, values = low_rank(weight)
+    lifted = projection @ down, up @ projection.T, values
     return _adapter(a, layer, lifted, bias @ projection.T, space="hidden", onto="nothing", info={"dim": dim})
 
 
@@ -440,6 +382,5 @@ def _descent(a: Activations, layer: int, lam: float, after: Adapter | None = Non
 def _same_size(a: Activations) -> None:
     ours, theirs = a.base.hidden_size, a.expert_hidden.shape[1]
     if ours != theirs:
-        raise ChassisError(
-            f"{a.base.name} has hidden size {ours}, {a.expert.name} {theirs}: use a method on logits, as rrr"
-        )
+        sizes = f"{a.base.name} has hidden size {ours}, {a.expert.name} {theirs}"
+        raise ChassisError(f"{sizes}: use a method on logits, as rrr")

@@ -54,11 +54,7 @@ def find_root() -> Path:
 
 
 def load_profile(name: str, path: str | Path | None = None) -> Profile:
-    """Read one profile.
-
-    Args:
-        name: the name of a block.
-        path: a `<project>/notebooks/profiles.yml`; by default that of `find_root`.
+    """Read the block `name` of a `<project>/notebooks/profiles.yml`, by default that of `find_root`.
 
     Raises:
         ChassisError: no such profile (the message lists them), or a file that is no profiles file.
@@ -114,11 +110,7 @@ def _declared(source: Path) -> dict[str, Any]:
 
 
 def _plan(notebooks: Sequence[str], profile: Profile, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Stem -> parameters of each chosen notebook (all of them if none is named), in the profile's order.
-
-    Raises:
-        ChassisError: unknown notebook or parameter, a value of another type than the notebook's default.
-    """
+    """Stem -> parameters of each chosen notebook (all of them if none is named), in the profile's order."""
     chosen = {Path(name).name.removesuffix(".ipynb") for name in notebooks} or {*profile.notebooks}
     if wrong := sorted(chosen - {*profile.notebooks}):
         raise ChassisError(f"unknown notebook {', '.join(wrong)}: choose from {', '.join(profile.notebooks)}")
@@ -148,16 +140,11 @@ def run(
     out_dir: str | Path | None = None,
     progress: bool = True,
 ) -> list[Path]:
-    """Execute notebooks; each is published in the output folder only if it ran to its end.
+    """Execute the notebooks of these stems, or all of a profile; each is published only if it ran to its end.
 
     A notebook that fails goes to `failed/`, its earlier page and records are removed, and the rest still runs.
-
-    Args:
-        notebooks: stems; none means all of the profile.
-        profile: a profile or its name.
-        settings: parameters that override the profile's.
-        out_dir: by default the profile's run folder.
-        progress: print a line a notebook.
+    `settings` override the profile's parameters, `out_dir` is the profile's run folder unless given, and with
+    `progress` a line is printed for each.
 
     Returns:
         The published notebooks.
@@ -168,21 +155,18 @@ def run(
     profile = load_profile(profile) if isinstance(profile, str) else profile
     plan = _plan(notebooks, profile, settings or {})
     out = (profile.run_dir if out_dir is None else Path(out_dir)).resolve()
-    published, failures = [], []
+    failures: list[str] = []
     busy = f"another run is writing to {out}: wait for its end, or give another folder"
     with locked(out / ".run.lock", busy) as lock:
         for stem, values in plan.items():
             clock = time.monotonic()
-            cause = _execute(profile.root / "notebooks" / f"{stem}.ipynb", out, values, lock)
+            if cause := _execute(profile.root / "notebooks" / f"{stem}.ipynb", out, values, lock):
+                failures.append(f"{stem} ({cause})")
             if progress:
                 print(f"{stem}: {'failed' if cause else 'done'}, {time.monotonic() - clock:.1f} s", flush=True)
-            if cause:
-                failures.append(f"{stem} ({cause})")
-            else:
-                published.append(out / f"{stem}.ipynb")
     if failures:
         raise ChassisError(f"failed, see {out / 'failed'}: {'; '.join(failures)}")
-    return published
+    return [out / f"{stem}.ipynb" for stem in plan]
 
 
 def _execute(source: Path, out: Path, values: dict[str, Any], lock: int) -> str | None:
@@ -195,15 +179,10 @@ def _execute(source: Path, out: Path, values: dict[str, Any], lock: int) -> str 
     # The notebooks import the package that runs them, installed or not.
     path = os.pathsep.join(filter(None, (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH"))))
     # The child keeps the lock open, so that a run whose parent was killed still counts as one.
-    script = Path(__file__).with_name("execute.py")
-    child = subprocess.Popen(
-        [sys.executable, "-P", str(script), json.dumps([str(source), str(partial), values])],
-        env=os.environ | {"CHASSIS_HEADLESS": "1", "PYTHONPATH": path},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        pass_fds=(lock,),
-    )
+    options = {"env": os.environ | {"CHASSIS_HEADLESS": "1", "PYTHONPATH": path}, "pass_fds": (lock,), "text": True}
+    script, told = str(Path(__file__).with_name("execute.py")), json.dumps([str(source), str(partial), values])
+    command = [sys.executable, "-P", script, told]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
     try:
         told = child.communicate()[1]
         cause = _cause(partial, child.returncode, told)

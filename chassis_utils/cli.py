@@ -31,28 +31,14 @@ def _parser() -> argparse.ArgumentParser:
     version = package_version("chassis_utils") or "(not installed)"
     parser.add_argument("--version", action="version", version=f"%(prog)s {version}")
     commands = parser.add_subparsers(dest="command", required=True)
-
     run = commands.add_parser("run", help="execute notebooks into book/run/<profile>")
     run.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="such as 01_exact_adapter; none means all")
     run.add_argument("--profile", default="pocket", help="a block of notebooks/profiles.yml (default: pocket)")
     run.add_argument("--set", dest="settings", type=_setting, action="append", default=[], metavar="KEY=VALUE")
     run.add_argument("--out", metavar="DIR", help="write here instead")
-
     book = commands.add_parser("book", help="build the HTML from executed notebooks")
     book.add_argument("--profile", default="pocket", help="whose results (default: pocket)")
     return parser
-
-
-def _run(options: argparse.Namespace) -> None:
-    from .batch import run
-
-    run(options.notebooks, options.profile, dict(options.settings), options.out)
-
-
-def _book(options: argparse.Namespace) -> None:
-    from .batch import build_book
-
-    print(f"the book: {build_book(options.profile).as_uri()}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(argv)
     try:
-        {"run": _run, "book": _book}[options.command](options)
+        from .batch import build_book, run  # loading takes a second, which a wrong option need not wait for
+
+        if options.command == "run":
+            run(options.notebooks, options.profile, dict(options.settings), options.out)
+        else:
+            print(f"the book: {build_book(options.profile).as_uri()}")
     except ChassisError as error:
         print(f"chassis: {error}", file=sys.stderr)
         return 1

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
 from .errors import ChassisError
-from .models import LanguageModel, Readout, load
+from .models import LanguageModel, Readout, load, tensor_hash
 
 
 @dataclass(frozen=True)
@@ -20,23 +20,19 @@ class SyntheticExpert:
     """
 
     name: str
-    down: torch.Tensor
-    """`U (hidden, rank)`."""
-    up: torch.Tensor
-    """`V' (rank, hidden)`."""
+    down: torch.Tensor  #: `U (hidden, rank)`
+    up: torch.Tensor  #: `V' (rank, hidden)`
     readout: Readout
 
     @classmethod
-    def from_base(
-        cls, base: LanguageModel, rank: int | None = None, strength: float = 1.0, seed: int = 0
-    ) -> SyntheticExpert:
+    def from_base(cls, base: LanguageModel, rank: int | None = None, strength: float = 1.0, seed: int = 0) -> Self:
         """Draw one for a base of any size.
 
         Args:
             base: the model whose hidden states it changes.
             rank: rank of the change; hidden / 32 unless given, as 64 is to 2,048.
-            strength: 1.0 changes `h` by the same relative amount as the study's 0.01 did at hidden 2,048 and
-                rank 64: entries have size `0.01 sqrt(strength) (2048 / hidden)^(1/2)`.
+            strength: 1.0 changes `h` by the same relative amount as the study's 0.01 did at hidden 2,048 and rank 64:
+                entries have size `0.01 sqrt(strength) (2048 / hidden)^(1/2)`.
             seed: of the draw.
 
         Raises:
@@ -48,15 +44,14 @@ class SyntheticExpert:
             raise ChassisError(f"expert rank {rank} is outside 1..{hidden}, the hidden size of {base.name}")
         generator = torch.Generator().manual_seed(seed)
         size = 0.01 * math.sqrt(strength * 2048 / hidden)
-        u = size * torch.randn(hidden, rank, generator=generator)
-        v = size * torch.randn(hidden, rank, generator=generator)
+        u, v = (size * torch.randn(hidden, rank, generator=generator) for _ in "uv")
         name = f"synthetic(rank={rank}, strength={strength:g}, seed={seed})"
         return cls(name, u.to(base.device), v.T.contiguous().to(base.device), base.readout)
 
     @property
     def revision(self) -> str:
         """Hash of both factors."""
-        return hashlib.sha256(self.down.cpu().numpy().tobytes() + self.up.cpu().numpy().tobytes()).hexdigest()[:16]
+        return tensor_hash(self.down, self.up)
 
     def transform(self, hidden: torch.Tensor) -> torch.Tensor:
         """The expert's head input `(n, hidden)` from the base's."""
@@ -64,12 +59,10 @@ class SyntheticExpert:
 
 
 def load_expert(spec: str, base: LanguageModel, seed: int = 0) -> LanguageModel | SyntheticExpert:
-    """The expert that a notebook's `expert` parameter names.
+    """The expert that a notebook's `expert` parameter names, beside its base.
 
-    Args:
-        spec: `synthetic` (the study's relative strength), `synthetic:8` (eight times that), or a model as for `load`.
-        base: the model it will be compared with.
-        seed: of a synthetic expert.
+    `spec` is `synthetic` (the study's relative strength) or `synthetic:8` (eight times that), both drawn by `seed`, or
+    a model as for `load`.
 
     Raises:
         ChassisError: the strength is no positive number, or the model cannot be loaded.

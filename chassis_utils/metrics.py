@@ -90,22 +90,19 @@ def evaluate(
         raise ChassisError("no probes to evaluate on: give at least one set")
     for one in adapters:
         one.check_base(base)
-    layers = sorted({a.layer for a in adapters} | {base.num_layers})
-    rows = []
+    layers, rows = sorted({a.layer for a in adapters} | {base.num_layers}), []
     for place, given in enumerate(sets):
         if isinstance(given, Probes):
             where = positions or ("all" if given.split == "text" else "last")
             given = harvest(base, expert, given, where, layers, progress=False)
         if given.base is not base or given.expert is not expert:
-            raise ChassisError(
-                f"these activations are of {given.base.name} and {given.expert.name}: harvest for this pair"
-            )
+            pair = f"{given.base.name} and {given.expert.name}"
+            raise ChassisError(f"these activations are of {pair}: harvest for this pair")
         plain = bare[place] if place < len(bare) else given
         if plain.base.edits:
             plain = harvest(base.bare, expert, given.probes, given.positions, [-1], progress=False)
-        if plain is not given:
-            if plain.base.edits or plain.probes.digest != given.probes.digest or len(plain) != len(given):
-                raise ChassisError(f"bare[{place}] is not the bare base on '{given.probes.name}': give the same order")
+        if plain.base.edits or plain.probes.digest != given.probes.digest or len(plain) != len(given):
+            raise ChassisError(f"bare[{place}] is not the bare base on '{given.probes.name}': give the same order")
         rows += _evaluate(given, adapters, plain.hidden[plain.final], allow_overlap)
     return pd.DataFrame(rows)
 
@@ -125,10 +122,9 @@ def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow
         a.layer(adapter.layer)
         seen = adapter.fitted_on & a.probes.fingerprints
         if seen and a.probes.split != "train" and not allow_overlap:
-            raise ChassisError(
-                f"{len(seen)} prompts of '{a.probes.name}' ({a.probes.split}) were fitted on by this {adapter.method} "
-                "adapter: use other prompts, or say allow_overlap=True"
-            )
+            those = f"{len(seen)} prompts of '{a.probes.name}' ({a.probes.split})"
+            advice = "use other prompts, or say allow_overlap=True"
+            raise ChassisError(f"{those} were fitted on by this {adapter.method} adapter: {advice}")
     everyone = [Adapter.identity(base), *(x.to(base.device) for x in adapters)]
     totals = torch.zeros(len(everyone), 2, dtype=torch.float64)
     _, prompt, sizes = a.prompt.unique(return_inverse=True, return_counts=True)
@@ -140,44 +136,28 @@ def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow
         target = expert.readout(a.expert_hidden[rows].to(base.device)).double().log_softmax(-1)
         weight, first = target.exp(), target.argmax(-1)
         following = a.next_token[rows].to(base.device)
-        known = following >= 0
         for i, adapter in enumerate(everyone):
             here = hidden if i else hidden | {base.num_layers: bare[rows].to(base.device)}
             ours = adapter.logits(base, here).double().log_softmax(-1)
-            nats = -ours.gather(1, following.clamp(min=0)[:, None])[:, 0][known].sum()
+            nats = -ours.gather(1, following.clamp(min=0)[:, None])[:, 0][following >= 0].sum()
             agree = (ours.argmax(-1) == first).sum()
             totals[i] += torch.stack([agree.double(), nats]).cpu()
             by_prompt[i].index_add_(0, prompt[rows], (weight * (target - ours)).sum(-1).cpu())
-    n = len(a)
-    reference = float(by_prompt[0].sum()) / n
+    n, reference = len(a), float(by_prompt[0].sum()) / len(a)
     rows = []
     for adapter, (agree, nats), kls in zip(everyone, totals.tolist(), by_prompt, strict=True):
-        value = float(kls.sum()) / n
-        identity = adapter is everyone[0]
-        low, high = _bounds(kls, sizes)
-        worst, best = _bounds(kls, by_prompt[0]) if reference > 1e-12 else (math.nan, math.nan)
-        rows.append(
-            {
-                "base": base.name,
-                "expert": expert.name,
-                "method": adapter.method,
-                "rank": None if identity else adapter.rank,
-                "layer": None if identity else adapter.layer,
-                "onto": adapter.onto,
-                "split": a.probes.split,
-                "probes": a.probes.name,
-                "n": n,
-                "kl": value,
-                "kl_identity": reference,
-                "kl_low": low,
-                "kl_high": high,
-                "recovered": 1 - value / reference if reference > 1e-12 else math.nan,
-                "recovered_low": 1 - best,
-                "recovered_high": 1 - worst,
-                "top1_agreement": agree / n,
-                "bits_per_byte": nats / math.log(2) / a.num_bytes if a.positions == "all" else math.nan,
-                "base_revision": base.revision,
-                "expert_revision": expert.revision,
-            }
+        value, (low, high) = float(kls.sum()) / n, _bounds(kls, sizes)
+        recovered = worst = best = math.nan
+        if reference > 1e-12:
+            recovered, (worst, best) = 1 - value / reference, _bounds(kls, by_prompt[0])
+        row = {"base": base.name, "expert": expert.name, "method": adapter.method}
+        row |= (
+            {"rank": None, "layer": None} if adapter is everyone[0] else {"rank": adapter.rank, "layer": adapter.layer}
         )
+        row |= {"onto": adapter.onto, "split": a.probes.split, "probes": a.probes.name, "n": n}
+        row |= {"kl": value, "kl_identity": reference, "kl_low": low, "kl_high": high}
+        row |= {"recovered": recovered, "recovered_low": 1 - best, "recovered_high": 1 - worst}
+        row |= {"top1_agreement": agree / n}
+        row |= {"bits_per_byte": nats / math.log(2) / a.num_bytes if a.positions == "all" else math.nan}
+        rows.append(row | {"base_revision": base.revision, "expert_revision": expert.revision})
     return rows

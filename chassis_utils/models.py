@@ -7,10 +7,10 @@ import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -45,12 +45,9 @@ class Readout:
     Rows of the head beyond the tokenizer (Phi-2 has 900) are left out: they stand for no token.
     """
 
-    weight: torch.Tensor
-    """`(vocab, hidden)`, float32, already multiplied by the scale."""
-    bias: torch.Tensor | None = None
-    """`(vocab,)`, or None."""
-    softcap: float | None = None
-    """Gemma-style cap: logits become `cap * tanh(logits / cap)`."""
+    weight: torch.Tensor  #: `(vocab, hidden)`, float32, already multiplied by the scale
+    bias: torch.Tensor | None = None  #: `(vocab,)`, or None
+    softcap: float | None = None  #: Gemma-style cap: logits become `cap * tanh(logits / cap)`
 
     @property
     def vocab_size(self) -> int:
@@ -87,23 +84,20 @@ class Edit(Protocol):
 class LanguageModel:
     """A causal language model whose hidden states can be read at every layer.
 
-    Layer 0 is the embedding, layer `num_layers` the input of the head (after the final norm), the ones
-    between are the residual stream after that many blocks (before any norm).
+    Layer 0 is the embedding, layer `num_layers` the input of the head (after the final norm), the ones between are the
+    residual stream after that many blocks (before any norm).
     """
 
-    name: str
-    """Bundled name, folder or hub id it was loaded from."""
+    name: str  #: Bundled name, folder or hub id it was loaded from
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     readout: Readout = field(init=False, repr=False)
-    edits: tuple[Edit, ...] = ()
-    """Changes on the way through, put there by `edited`."""
+    edits: tuple[Edit, ...] = ()  #: Changes on the way through, put there by `edited`
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
         self.backbone = self.model.base_model
-        accepted = inspect.signature(self.backbone.forward).parameters
-        self._takes_positions = "position_ids" in accepted
+        self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
         self.readout = _readout(self.model, len(self.tokenizer))
         self._check_readout()
 
@@ -164,9 +158,8 @@ class LanguageModel:
         """
         number = layer + self.num_layers + 1 if layer < 0 else layer
         if not 0 <= number <= self.num_layers:
-            raise ChassisError(
-                f"layer {layer} does not exist: {self.name} has 0 (embedding) to {self.num_layers} (final)"
-            )
+            there = f"{self.name} has 0 (embedding) to {self.num_layers} (final)"
+            raise ChassisError(f"layer {layer} does not exist: {there}")
         return number
 
     def _blocks(self) -> torch.nn.ModuleList:
@@ -174,29 +167,24 @@ class LanguageModel:
         for module in self.backbone.modules():
             if isinstance(module, torch.nn.ModuleList) and len(module) == self.num_layers:
                 return module
-        raise ChassisError(
-            f"{self.name}: no list of {self.num_layers} blocks found in {type(self.backbone).__name__}, so nothing can "
-            "be changed on the way through; tell us with the output of print(model.model)"
-        )
+        missing = f"no list of {self.num_layers} blocks found in {type(self.backbone).__name__}"
+        advice = "nothing can be changed on the way through; tell us with the output of print(model.model)"
+        raise ChassisError(f"{self.name}: {missing}, so {advice}")
 
     @contextmanager
     def _on_the_way(self) -> Iterator[None]:
         """Every edit below the final layer hooked to the block that reads its layer."""
 
-        def changing(edit: Edit) -> Callable:
-            def hook(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-                # The state is the first argument, by place or by name.
-                state = args[0] if args else kwargs["hidden_states"]
-                changed = (state.float() + edit.delta(state.float())).to(state.dtype)
-                return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
-
-            return hook
+        def change(edit: Edit, _: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            # The state is the first argument, by place or by name.
+            state = args[0] if args else kwargs["hidden_states"]
+            changed = (state.float() + edit.delta(state.float())).to(state.dtype)
+            return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
 
         with ExitStack() as stack:
-            for edit in self.edits:
-                if edit.layer < self.num_layers:
-                    block = self._blocks()[edit.layer]
-                    stack.callback(block.register_forward_pre_hook(changing(edit), with_kwargs=True).remove)
+            for edit in (edit for edit in self.edits if edit.layer < self.num_layers):
+                block = self._blocks()[edit.layer]
+                stack.callback(block.register_forward_pre_hook(partial(change, edit), with_kwargs=True).remove)
             yield
 
     @property
@@ -222,8 +210,7 @@ class LanguageModel:
     @property
     def context(self) -> int:
         """Longest prompt, in tokens (2,048 where the config does not say)."""
-        config = self.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None) or 2048
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2048
 
     @property
     def keeps_cache(self) -> bool:
@@ -239,10 +226,10 @@ class LanguageModel:
     def tokenizer_hash(self) -> str:
         """Hash of all that decides a fast tokenizer's ids; of a slow one, the token-to-id table alone."""
         if getattr(self.tokenizer, "is_fast", False):
+            # Without what the last call left there, and the way back to text.
+            other = ("version", "truncation", "padding", "decoder")
             table = json.loads(self.tokenizer.backend_tokenizer.to_str())
-            # What the last call left there, and the way back to text.
-            for other in ("version", "truncation", "padding", "decoder"):
-                table.pop(other, None)
+            table = {k: v for k, v in table.items() if k not in other}
             table["split_special_tokens"] = getattr(self.tokenizer, "split_special_tokens", False)
         else:
             table = self.tokenizer.get_vocab()
@@ -253,10 +240,8 @@ class LanguageModel:
         """Hash over architecture, name, shape and an even sample of 4,096 entries of every weight, and the edits."""
         digest = hashlib.sha256(type(self.model).__name__.encode())
         for key, tensor in self.model.state_dict().items():
-            flat = tensor.flatten()
-            sample = flat[:: max(1, flat.numel() // 4096)]
-            digest.update(f"{key}{tuple(tensor.shape)}".encode())
-            digest.update(sample.float().cpu().numpy().tobytes())
+            sample = tensor.flatten()[:: max(1, tensor.numel() // 4096)]
+            digest.update(f"{key}{tuple(tensor.shape)}".encode() + sample.float().cpu().numpy().tobytes())
         for edit in self.edits:
             digest.update(edit.revision.encode())
         return digest.hexdigest()[:16]
@@ -313,8 +298,7 @@ class LanguageModel:
             ChassisError: the norm was not found in this architecture.
         """
         for holder in (self.backbone, getattr(self.backbone, "decoder", None)):
-            for name in _NORM_NAMES:
-                norm = getattr(holder, name, None)
+            for norm in (getattr(holder, name, None) for name in _NORM_NAMES):
                 if isinstance(norm, torch.nn.Module):
                     with torch.inference_mode():
                         return norm(hidden.to(self.device, self.model.dtype)).float().to(hidden.device)
@@ -326,20 +310,16 @@ class LanguageModel:
         mask = torch.ones_like(ids)
         ours = self.readout(self.states(ids, mask)[self.num_layers][0])
         with torch.inference_mode():
-            own = (
-                self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, :, : self.vocab_size].float()
-            )
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        own = logits[0, :, : self.vocab_size].float()
         if not torch.isfinite(ours).all():
-            raise ChassisError(
-                f"{self.name} gives NaN or infinity on plain tokens: damaged weights, or try dtype float32"
-            )
+            raise ChassisError(f"{self.name}: NaN or infinity on plain tokens: damaged weights, or try dtype float32")
         tolerance = 1e-4 if self.model.dtype == torch.float32 else 3e-2
         gap = float((ours - own).abs().max() / own.abs().max().clamp(min=1e-6))
         if not gap < tolerance:
-            raise ChassisError(
-                f"{self.name}: head(final hidden state) is not the model's logits (relative gap {gap:.1e}); "
-                f"{type(self.model).__name__} does something after its head that is not known here"
-            )
+            wrong = f"head(final hidden state) is not the model's logits (relative gap {gap:.1e})"
+            cause = f"{type(self.model).__name__} does something after its head that is not known here"
+            raise ChassisError(f"{self.name}: {wrong}; {cause}")
 
 
 def _readout(model: PreTrainedModel, tokens: int) -> Readout:
@@ -350,13 +330,9 @@ def _readout(model: PreTrainedModel, tokens: int) -> Readout:
     config = model.config.get_text_config()
     # Cohere multiplies its logits, Granite divides them.
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    rows = min(tokens, head.weight.shape[0])
-    bias = getattr(head, "bias", None)
-    return Readout(
-        weight=head.weight[:rows].detach().float() * scale,
-        bias=None if bias is None else bias[:rows].detach().float() * scale,
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
+    parts = (head.weight, getattr(head, "bias", None))
+    weight, bias = (None if part is None else part[:tokens].detach().float() * scale for part in parts)
+    return Readout(weight, bias, getattr(config, "final_logit_softcapping", None))
 
 
 def tensor_hash(*tensors: torch.Tensor | None) -> str:
@@ -380,8 +356,8 @@ def _source(name: str) -> str:
         return str(folder)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
-    known = ", ".join(bundled())
-    raise ChassisError(f"no model '{name}' and no such folder: bundled are {known}; or give a folder or hub id")
+    known = f"bundled are {', '.join(bundled())}; or give a folder or hub id"
+    raise ChassisError(f"no model '{name}' and no such folder: {known}")
 
 
 def load(
@@ -399,7 +375,7 @@ def load(
         revision: branch, tag or commit of a hub model.
         device: `auto` (a GPU if there is one), or any torch device.
         dtype: of the weights; float32 on CPU and the model's own on a GPU unless given.
-        trust_remote_code: run code that comes with the model. Off unless asked for.
+        trust_remote_code: run code that comes with the model.
 
     Returns:
         A frozen `LanguageModel` whose readout has been checked against the model's own logits.
@@ -418,41 +394,30 @@ def load(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     verbosity = transformers_logging.get_verbosity()
     try:
-        # What transformers would warn about (missing weights) is raised below; the rest is noise here.
+        # What transformers would warn about (missing weights, wrong sizes) is raised below; the rest is noise here.
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         config = AutoConfig.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=dtype or (torch.float32 if device == "cpu" else "auto"),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            **options,
-        )
+        options |= {"config": config, "dtype": dtype or (torch.float32 if device == "cpu" else "auto")}
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if Path(source).is_dir():
-            reason = " ".join(str(error).split())[:160]
-            raise ChassisError(f"{name}: the folder could not be loaded ({reason})") from error
-        raise ChassisError(
-            f"{name} is not on this machine and the hub gave nothing ({type(error).__name__}): "
-            "check the id and the network, or give a local folder"
-        ) from error
+        reason = f"{name}: the folder could not be loaded ({' '.join(str(error).split())[:160]})"
+        if not Path(source).is_dir():
+            reason = f"{name} is not on this machine and the hub gave nothing ({type(error).__name__}): "
+            reason += "check the id and the network, or give a local folder"
+        raise ChassisError(reason) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     if info["mismatched_keys"]:
-        key, found, wanted = sorted(info["mismatched_keys"])[0]
-        raise ChassisError(
-            f"{name}: {key} has shape {tuple(found)}, its config says {tuple(wanted)}: get the whole folder"
-        )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ChassisError(
-            f"{name}: {len(missing)} weights are missing, the first is {missing[0]}: get the whole folder"
-        )
+        key, *shapes = sorted(info["mismatched_keys"])[0]
+        found, wanted = map(tuple, shapes)
+        raise ChassisError(f"{name}: {key} has shape {found}, its config says {wanted}: get the whole folder")
+    if missing := sorted(info["missing_keys"]):
+        count, first = len(missing), missing[0]
+        raise ChassisError(f"{name}: {count} weights are missing, the first is {first}: get the whole folder")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        warnings.warn(
-            f"{name}: the tokenizer has more entries than the embedding; texts that use them fail", stacklevel=2
-        )
+        unusable = "the tokenizer has more entries than the embedding; texts that use them fail"
+        warnings.warn(f"{name}: {unusable}", stacklevel=2)
     return LanguageModel(str(name), model.to(device), tokenizer)

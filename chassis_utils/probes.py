@@ -48,10 +48,8 @@ TEMPLATES: dict[str, tuple[Callable[[int], str], ...]] = {
 class Probes:
     """Named prompts of one split."""
 
-    name: str
-    """Name of the set, as in the records' `probes` column."""
-    split: str
-    """`train`, `val`, `test`, `template` (a template never fitted on) or `text` (held-out real text)."""
+    name: str  #: Name of the set, as in the records' `probes` column
+    split: str  #: `train`, `val`, `test`, `template` (a template never fitted on) or `text` (held-out real text)
     prompts: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -61,9 +59,8 @@ class Probes:
             raise ChassisError(f"the prompts of '{self.name}' are one string: give a tuple of strings")
         if not self.prompts:
             raise ChassisError(f"probe set '{self.name}' ({self.split}) is empty: give at least one prompt")
-        for i, prompt in enumerate(self.prompts):
-            if not prompt.strip():
-                raise ChassisError(f"prompt {i} of probe set '{self.name}' is empty: remove it or write something")
+        if empty := [i for i, prompt in enumerate(self.prompts) if not prompt.strip()]:
+            raise ChassisError(f"prompt {empty[0]} of probe set '{self.name}' is empty: remove it or write something")
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -76,9 +73,8 @@ class Probes:
     @cached_property
     def fingerprints(self) -> frozenset[int]:
         """One 63-bit number a prompt, to notice a prompt that was already fitted on."""
-        return frozenset(
-            int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") >> 1 for prompt in self.prompts
-        )
+        hashes = (hashlib.sha256(prompt.encode()).digest() for prompt in self.prompts)
+        return frozenset(int.from_bytes(hashed[:8], "big") >> 1 for hashed in hashes)
 
 
 def probe_set(name: str, split: str = "train", n: int | None = None) -> Probes:
@@ -101,9 +97,8 @@ def probe_set(name: str, split: str = "train", n: int | None = None) -> Probes:
         end = min((s for s in STARTS.values() if s > start), default=None)
         n = (1 if name == "single" else 4096 if split == "train" else 512) if n is None else n
         if n < 1 or (end is not None and start + n > end):
-            raise ChassisError(
-                f"n = {n} does not fit split {split} of '{name}': it holds {end - start if end else 'any'}"
-            )
+            holds = end - start if end else "any"
+            raise ChassisError(f"n = {n} does not fit split {split} of '{name}': it holds {holds}")
         label = "template" if name in ("unseen", "numerals", "languages", "single") else split
         return Probes(name, label, tuple(templates[i % len(templates)](i) for i in range(start, start + n)))
     file = TEXTS / f"{name.removesuffix('-text')}.txt"

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pandas as pd
 import torch
+from torch.linalg import vecdot
 
 from .activations import Activations
 from .adapter import Adapter
@@ -16,7 +17,6 @@ from .errors import ChassisError
 
 #: (training rows, starting adapter, steps, step size) to the adapter after each step.
 Refiner = Callable[["_Rows", Adapter, int, float], Iterator[Adapter]]
-REFINERS: dict[str, Refiner] = {}
 
 
 class _Rows:
@@ -24,8 +24,8 @@ class _Rows:
 
     def __init__(self, a: Activations, start: Adapter) -> None:
         if start.space != "logits" or start.layer != a.final or start.onto not in ("final", "layer"):
-            raise ChassisError(f"a {start.method} adapter of {start.space} at layer {start.layer} cannot be refined: "
-                               "give one that changes logits, read at the final layer")  # fmt: skip
+            what = f"a {start.method} adapter of {start.space} at layer {start.layer}"
+            raise ChassisError(f"{what} cannot be refined: give one that changes logits, read at the final layer")
         if a.base.readout.softcap is not None:
             raise ChassisError(f"{a.base.name} caps its logits: no linear map of them is refined here")
         device = a.base.device
@@ -36,15 +36,13 @@ class _Rows:
 
     def kl(self, logits: torch.Tensor) -> float:
         """Mean KL in nats of logits `(n, vocab)`."""
-        cross = torch.linalg.vecdot(self.p, logits.log_softmax(-1)).double().sum()
-        return (-float(cross) - self.entropy) / len(self.x)
+        return (-float(vecdot(self.p, logits.log_softmax(-1)).double().sum()) - self.entropy) / len(self.x)
 
     def dense(self, adapter: Adapter) -> torch.Tensor:
         """The adapter as one map `(hidden + 1, vocab)`, float64; the last row is the bias."""
-        whole = torch.zeros(self.x.shape[1] + 1, self.base.shape[1], dtype=torch.float64, device=self.x.device)
-        columns = slice(None) if adapter.columns is None else adapter.columns
-        whole[:, columns] = torch.cat([adapter.down.double() @ adapter.up.double(), adapter.bias[None].double()])
-        return whole
+        own = torch.cat([adapter.down.double() @ adapter.up.double(), adapter.bias[None].double()])
+        columns = torch.arange(own.shape[1], device=own.device) if adapter.columns is None else adapter.columns
+        return own.new_zeros(len(own), self.base.shape[1]).index_copy_(1, columns, own)
 
 
 def refine(
@@ -74,8 +72,7 @@ def refine(
         raise ChassisError(f"steps = {steps}: take at least one")
     rows, state = _Rows(a, start), {a.final: a.hidden[a.final].to(a.base.device)}
     course = [(0, rows.kl(start.logits(a.base, state)), 0.0)]
-    adapter, seconds = start, 0.0
-    clock = time.perf_counter()
+    seconds, clock = 0.0, time.perf_counter()
     for step, adapter in enumerate(REFINERS[how](rows, start, steps, rate), 1):
         # What it costs to look is not counted.
         seconds += time.perf_counter() - clock
@@ -96,17 +93,15 @@ def _adam(rows: _Rows, start: Adapter, steps: int, rate: float, batch: int = 32)
         for some in torch.randperm(len(rows.x)).to(rows.x.device).split(batch):
             change = (rows.x[some] @ u * log_s.exp()) @ v + d
             ours = rows.base[some].index_add(1, columns.to(rows.x.device), change).log_softmax(-1)
-            loss = torch.nn.functional.kl_div(ours, rows.p[some], reduction="batchmean")
             optimizer.zero_grad()
-            loss.backward()
+            torch.nn.functional.kl_div(ours, rows.p[some], reduction="batchmean").backward()
             optimizer.step()
         with torch.no_grad():
             yield replace(start, down=u * log_s.exp(), up=v.clone(), bias=d.clone())
 
 
 def _from_dense(start: Adapter, whole: torch.Tensor) -> Adapter:
-    hidden = len(whole) - 1
-    down = torch.eye(hidden, device=whole.device)
+    down = torch.eye(len(whole) - 1, device=whole.device)
     return replace(start, down=down, up=whole[:-1].float(), bias=whole[-1].float(), columns=None)
 
 
@@ -143,7 +138,7 @@ def _lbfgs(rows: _Rows, start: Adapter, steps: int, rate: float) -> Iterator[Ada
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
         # Sums are long and the line search compares small differences: float64 for both.
-        value = -torch.linalg.vecdot(rows.p, (rows.base + z @ theta.float()).log_softmax(-1)).double().mean()
+        value = -vecdot(rows.p, (rows.base + z @ theta.float()).log_softmax(-1)).double().mean()
         value.backward()
         return value
 
@@ -153,7 +148,7 @@ def _lbfgs(rows: _Rows, start: Adapter, steps: int, rate: float) -> Iterator[Ada
             yield _from_dense(start, (vectors / root) @ theta)
 
 
-REFINERS |= {
+REFINERS: dict[str, Refiner] = {
     "adam": _adam,
     "bohning": _bohning,
     "accelerated": lambda *settings: _bohning(*settings, momentum=True),

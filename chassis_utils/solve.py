@@ -17,14 +17,10 @@ class Gram:
     """Sums over rows of `x (n, p)` and `y (n, q)`, in float64: enough for every linear fit of y on x."""
 
     n: int
-    x: torch.Tensor
-    """`(p,)` sum of x."""
-    y: torch.Tensor
-    """`(q,)` sum of y."""
-    xx: torch.Tensor
-    """`(p, p)` sum of x x'."""
-    xy: torch.Tensor
-    """`(p, q)` sum of x y'."""
+    x: torch.Tensor  #: `(p,)` sum of x
+    y: torch.Tensor  #: `(q,)` sum of y
+    xx: torch.Tensor  #: `(p, p)` sum of x x'
+    xy: torch.Tensor  #: `(p, q)` sum of x y'
 
     @classmethod
     def zeros(cls, p: int, q: int, device: torch.device | str = "cpu") -> Gram:
@@ -48,9 +44,8 @@ class Gram:
         for start in range(0, len(x), BLOCK):
             a, b = x[start : start + BLOCK].double(), y[start : start + BLOCK].double()
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-                raise ChassisError(
-                    f"rows {start} to {start + len(a) - 1} hold NaN or infinity: harvest again in float32"
-                )
+                rows = f"rows {start} to {start + len(a) - 1}"
+                raise ChassisError(f"{rows} hold NaN or infinity: harvest again in float32")
             self.n += len(a)
             self.x += a.sum(0)
             self.y += b.sum(0)
@@ -60,8 +55,7 @@ class Gram:
 
     def __add__(self, other: Gram) -> Gram:
         """Statistics of both sets of rows."""
-        fields = ("n", "x", "y", "xx", "xy")
-        return Gram(*(getattr(self, f) + getattr(other, f) for f in fields))
+        return Gram(*(getattr(self, f) + getattr(other, f) for f in ("n", "x", "y", "xx", "xy")))
 
     @property
     def covariance(self) -> torch.Tensor:
@@ -92,25 +86,18 @@ def ridge(gram: Gram, lam: float = 1e-3) -> tuple[torch.Tensor, torch.Tensor]:
     covariance = gram.covariance
     p = len(covariance)
     if gram.n <= p:
-        warnings.warn(
-            f"{gram.n} rows for {p} dimensions (effective rank {effective_rank(covariance):.1f}): the fit interpolates",
-            stacklevel=3,
-        )
-    factor, info = torch.linalg.cholesky_ex(
-        covariance + lam * torch.eye(p, dtype=torch.float64, device=covariance.device)
-    )
+        spanned = f"{gram.n} rows for {p} dimensions (effective rank {effective_rank(covariance):.1f})"
+        warnings.warn(f"{spanned}: the fit interpolates", stacklevel=3)
+    factor, info = torch.linalg.cholesky_ex(covariance + lam * torch.eye(p).to(covariance))
     # Without a penalty, rounding may let a singular matrix through with a last pivot of its own size.
-    pivots = factor.diagonal() ** 2
     lost = p * torch.finfo(torch.float64).eps * gram.xx.diagonal().max()
-    if int(info) != 0 or (lam == 0 and (gram.n <= p or pivots.min() < lost)):
+    if int(info) != 0 or (lam == 0 and (gram.n <= p or factor.diagonal().min() ** 2 < lost)):
         raise ChassisError(f"the system is singular at lam = {lam:g} with {gram.n} rows of {p} dimensions: raise lam")
     weight = torch.cholesky_solve(gram.cross, factor)
     return weight, (gram.y - gram.x @ weight) / gram.n
 
 
-def low_rank(
-    weight: torch.Tensor, metric: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def low_rank(weight: torch.Tensor, metric: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
     """Factors of `weight (p, q)` whose first r columns are its best rank-r approximation, for every r.
 
     Without a metric that is the SVD. With the covariance `C (p, p)` of x it is reduced-rank regression: the
@@ -120,18 +107,14 @@ def low_rank(
     Returns:
         `down (p, k)`, `up (k, q)`, singular values `(k,)`, k = min(p, q), largest first; all float64.
     """
-    weight = weight.double()
-    if metric is None:
-        inverse, scaled = None, weight
-    else:
+    scaled, inverse = weight.double(), None
+    if metric is not None:
         values, vectors = torch.linalg.eigh(metric.double())
         # Directions without data cannot be seen in the fit; they get no part in the factors.
         keep = values > values.max() * 1e-14
         root, vectors = values[keep].sqrt(), vectors[:, keep]
-        half, inverse = (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
-        scaled = half @ weight
+        scaled, inverse = (vectors * root) @ vectors.T @ scaled, (vectors / root) @ vectors.T
     squares, left = torch.linalg.eigh(scaled @ scaled.T)
     order = squares.argsort(descending=True)[: min(weight.shape)]
     left, values = left[:, order], squares[order].clamp(min=0).sqrt()
-    down = left if inverse is None else inverse @ left
-    return down, left.T @ scaled, values
+    return left if inverse is None else inverse @ left, left.T @ scaled, values
