@@ -245,9 +245,9 @@ def harvest_splits(
     sets = {"train": ("mixed", "train", n_train), "val": ("mixed", "val", held), "test": ("mixed", "test", held)}
     sets |= {"template": ("unseen", "test", held), "single": ("single", "test")}
     texts = {"text_train": (text, "train"), "text_val": (text, "val"), "text": (text, "test")}
-    asked = [(sets, "last"), (texts, "all")]
     go = partial(harvest, base, expert, out_dir=out_dir, progress=progress)
-    return {k: go(probe_set(*named), where) for some, where in asked for k, named in some.items()}
+    last = {k: go(probe_set(*named), "last") for k, named in sets.items()}
+    return last | {k: go(probe_set(*named), "all") for k, named in texts.items()}
 
 
 @dataclass
@@ -264,14 +264,14 @@ class _Run:
 
     def collect(self, model: LanguageModel, layers: list[int]) -> dict[str, torch.Tensor]:
         """`hidden.<layer> (n, hidden)` of one model, `prompt (n,)` and `next_token (n,)`."""
-        ids = self.ids
         key = {"model": model.revision, "tokenizer": model.tokenizer_hash, "dtype": str(model.model.dtype)}
         key |= {"probes": self.probes.digest, "positions": self.positions, "layers": layers}
         key |= {"shard": SHARD, "torch": torch.__version__}
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         parts: list[dict[str, torch.Tensor]] = []
-        bar = tqdm(total=len(ids), desc=f"{model.name} / {self.probes.name}", disable=not self.progress, leave=False)
-        for first in range(0, len(ids), SHARD):
+        name, n = f"{model.name} / {self.probes.name}", len(self.ids)
+        bar = tqdm(total=n, desc=name, disable=not self.progress, leave=False)
+        for first in range(0, n, SHARD):
             path = None if self.out_dir is None else self.out_dir / f"{digest}-{first // SHARD:05d}.safetensors"
             part = None
             if path and path.exists():
@@ -280,11 +280,11 @@ class _Run:
                 except ChassisError:
                     tqdm.write(f"{path.name} is damaged and is made again")
             if part is None:
-                part = self._shard(model, layers, ids[first : first + SHARD], first)
+                part = self._shard(model, layers, self.ids[first : first + SHARD], first)
                 if path:
                     _write(part, path, {"key": json.dumps(key)})
             parts.append(part)
-            bar.update(min(SHARD, len(ids) - first))
+            bar.update(min(SHARD, n - first))
         bar.close()
         return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
@@ -299,9 +299,8 @@ class _Run:
                         rows[i][layer] = state[own][-1 if last else 0 :].clone()
                         if not torch.isfinite(rows[i][layer]).all():
                             where = f"layer {layer} on prompt {first + i} of '{self.probes.name}'"
-                            raise ChassisError(
-                                f"{model.name} gives NaN or infinity at {where}: try dtype float32, or leave it out"
-                            )
+                            advice = "try dtype float32, or leave that prompt out"
+                            raise ChassisError(f"{model.name} gives NaN or infinity at {where}: {advice}")
         part = {f"hidden.{layer}": torch.cat([row[layer] for row in rows.values()]) for layer in layers}
         part["prompt"] = torch.tensor([first + n for n, i in enumerate(ids) for _ in (i[-1:] if last else i)])
         part["next_token"] = torch.tensor([token for i in ids for token in ([] if last else i[1:]) + [-1]])
@@ -326,8 +325,7 @@ def tokenize(model: LanguageModel, probes: Probes) -> tuple[list[list[int]], int
         if ids[0] not in model.tokenizer.all_special_ids:
             if not fast:
                 raise ChassisError(f"{model.name}: its slow tokenizer begins no text and gives no byte counts")
-            start = encoded["offset_mapping"][n][0][1]
-            first = model.tokenizer.convert_ids_to_tokens(ids[0])
+            start, first = encoded["offset_mapping"][n][0][1], model.tokenizer.convert_ids_to_tokens(ids[0])
             # Offsets count characters; a byte-level token may be a part of one, and has one letter a byte.
             missing = len(prompt[:start].encode()) - len(first) if byte_level else 0
         num_bytes += len(prompt[start:].encode()) + missing
@@ -343,8 +341,7 @@ def _shared(ids: list[list[int]], least: int = 3, crowd: int = 16) -> list[tuple
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, one in enumerate(ids):
         groups.setdefault(tuple(one[:least]), []).append(i)
-    rest: list[int] = []
-    shared = []
+    rest, shared = [], []
     for group in groups.values():
         low, high = (choose(ids[i] for i in group) for choose in (min, max))
         cut = next((n for n, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))

@@ -114,8 +114,7 @@ def passages(name: str, texts: Sequence[str], split: str, n: int | None = None) 
     Raises:
         ChassisError: the split holds fewer than n passages, or none.
     """
-    place = {3: "val", 4: "test"}
-    chosen = [t.strip() for i, t in enumerate(texts) if place.get(i % 5, "train") == split]
+    chosen = [t.strip() for i, t in enumerate(texts) if {3: "val", 4: "test"}.get(i % 5, "train") == split]
     if n is not None and not 1 <= n <= len(chosen):
         raise ChassisError(f"n = {n} does not fit split {split} of '{name}': it holds {len(chosen)} passages")
     return Probes(name, "text" if split == "test" else split, tuple(chosen[:n]))
