@@ -183,16 +183,9 @@ def harvest(
     `out_dir`, each shard of 1,024 prompts is written as it is done: a second call goes on from there, and shards are
     shared by every expert and notebook that asks for the same base, probes, layers and positions.
 
-    Args:
-        base: the frozen base.
-        expert: a model with the base's tokenizer, or a function of the base's hidden state.
-        probes: the prompts.
-        positions: `last` token of each prompt, or `all` tokens.
-        layers: of the base, 0..num_layers, negative from the last; None is every layer.
-        batch_tokens: padded tokens a batch.
-        padding: side, `right` or `left`; changes nothing but rounding.
-        out_dir: folder for shards.
-        progress: show a bar.
+    The expert is a model with the base's tokenizer, or a function of the base's hidden state. `positions` is the `last`
+    token of each prompt, or `all`; `layers` are the base's, 0..num_layers, negative from the last, None for every one;
+    `batch_tokens` counts padded tokens a batch; `padding`, `right` or `left`, changes nothing but rounding.
 
     Raises:
         ChassisError: layer out of range, an unknown `positions` or `padding`, a prompt longer than a model,
@@ -377,8 +370,8 @@ def _batches(lengths: dict[int, int], batch_tokens: int) -> list[list[int]]:
 def _padded(ids: list[list[int]], side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask, `(batch, length)` each."""
     rows = [torch.tensor(own) for own in ids]
-    tokens, mask = (pad_sequence(part, True, 0, side) for part in (rows, [torch.ones_like(own) for own in rows]))
-    return tokens, mask
+    ones = [torch.ones_like(own) for own in rows]
+    return pad_sequence(rows, True, 0, side), pad_sequence(ones, True, 0, side)
 
 
 def _make(folder: str | Path) -> Path:

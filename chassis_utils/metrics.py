@@ -61,15 +61,11 @@ def evaluate(
 ) -> pd.DataFrame:
     """Compare adapted bases with the expert, one row per adapter and probe set, and one for the bare base.
 
-    Args:
-        base: the base.
-        expert: the expert.
-        adapter: one adapter or several; all are judged from the same forward passes.
-        probes: probe sets, or activations of them already harvested (no forward pass then).
-        positions: for probe sets, `last` or `all`; `all` for real text unless given.
-        bare: where the base (or its states) were edited, activations of the bare one on the same probes, in the same
-            order; harvested if not given. The identity is always the bare base.
-        allow_overlap: accept prompts that the adapter was fitted on, outside the split `train`.
+    One adapter or several are judged from the same forward passes, on probe sets (harvested at `positions`, `last` or
+    `all`; `all` for real text unless given) or on activations of them already harvested (no forward pass then). The
+    identity is always the bare base: where the base (or its states) were edited, `bare` holds activations of the bare
+    one on the same probes, in the same order, harvested if not given. `allow_overlap` accepts prompts that the adapter
+    was fitted on, outside the split `train`.
 
     Returns:
         Columns `base, expert, method, rank, layer, onto, split, probes, n`, `kl` and `kl_identity` (nats, mean over
