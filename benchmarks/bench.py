@@ -42,7 +42,7 @@ def ours(base: LanguageModel, expert: Expert, n: int, layers: list[int], method:
 
 
 def whole(base: LanguageModel, n: int) -> list[dict[str, torch.Tensor]]:
-    """Padded ids and masks `(batch, length)` of the same prompts, batched by length as `harvest` does, nothing shared."""
+    """Padded ids and masks `(batch, length)` of the same prompts, batched by length as in `harvest`, nothing shared."""
     batches = []
     for given in probes(n):
         ids = tokenize(base, given)[0]

@@ -257,10 +257,12 @@ class _Run:
 
     def collect(self, model: LanguageModel, layers: list[int]) -> dict[str, torch.Tensor]:
         """`hidden.<layer> (n, hidden)` of one model, `prompt (n,)` and `next_token (n,)`."""
-        key = {"model": model.revision, "tokenizer": model.tokenizer_hash, "dtype": str(model.model.dtype)}
-        key |= {"probes": self.probes.digest, "positions": self.positions, "layers": layers}
-        key |= {"shard": SHARD, "torch": torch.__version__}
+        key = {"probes": self.probes.digest, "positions": self.positions, "layers": layers, "shard": SHARD}
+        key |= {"model": model.name, "edits": [edit.revision for edit in model.edits]}
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        # What makes a shard of the same name another one: not part of the name, so that it can be said.
+        key |= {"weights": model.revision, "tokenizer": model.tokenizer_hash}
+        key |= {"dtype": str(model.model.dtype), "torch": torch.__version__}
         parts: list[dict[str, torch.Tensor]] = []
         name, n = f"{model.name} / {self.probes.name}", len(self.ids)
         bar = tqdm(total=n, desc=name, disable=not self.progress, leave=False)
@@ -269,7 +271,10 @@ class _Run:
             part = None
             if path and path.exists():
                 try:
-                    part = _read(path)[0]
+                    part, meta = _read(path)
+                    made = json.loads(meta.get("key", "{}"))
+                    if other := [name for name in key if made.get(name) != key[name]]:
+                        part = tqdm.write(f"{path.name} is of other {', '.join(other)} and is made again")
                 except ChassisError:
                     tqdm.write(f"{path.name} is damaged and is made again")
             if part is None:

@@ -348,3 +348,23 @@ def test_a_part_of_the_prompts_is_the_same_as_harvesting_that_part(
     for n, first in ((0, 0), (91, 0), (41, 50), (5, -1)):
         with refused(f"n = {n}", "90"):
             activations.subset(n, first)
+
+
+def test_shards_of_other_weights_are_noticed_said_and_made_again(
+    base: LanguageModel, fresh: LanguageModel, synthetic: SyntheticExpert, prompts: Probes, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    harvest(base, synthetic, prompts, out_dir=tmp_path, progress=False)
+    with torch.no_grad():
+        fresh.backbone.layers[1].mlp.up_proj.weight += 0.1
+    fresh.__dict__.pop("revision", None)
+    own = SyntheticExpert.from_base(fresh, 4, 2.0)
+    made = harvest(fresh, own, prompts, out_dir=tmp_path, progress=False)
+    assert "is of other weights and is made again" in capsys.readouterr().out
+    wanted = harvest(fresh, own, prompts, progress=False)
+    assert all(torch.equal(made.hidden[layer], state) for layer, state in wanted.hidden.items())
+    monkeypatch.setattr(torch, "__version__", f"{torch.__version__}.other")
+    harvest(fresh, own, prompts, out_dir=tmp_path, progress=False)
+    assert "is of other torch and is made again" in capsys.readouterr().out
+    harvest(fresh, own, prompts, out_dir=tmp_path, progress=False)
+    assert not capsys.readouterr().out
