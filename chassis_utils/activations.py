@@ -183,16 +183,9 @@ def harvest(
     `out_dir`, each shard of 1,024 prompts is written as it is done: a second call goes on from there, and shards are
     shared by every expert and notebook that asks for the same base, probes, layers and positions.
 
-    Args:
-        base: the frozen base.
-        expert: a model with the base's tokenizer, or a function of the base's hidden state.
-        probes: the prompts.
-        positions: `last` token of each prompt, or `all` tokens.
-        layers: of the base, 0..num_layers, negative from the last; None is every layer.
-        batch_tokens: padded tokens a batch.
-        padding: side, `right` or `left`; changes nothing but rounding.
-        out_dir: folder for shards.
-        progress: show a bar.
+    The expert is a model with the base's tokenizer, or a function of the base's hidden state. `positions` is the `last`
+    token of each prompt, or `all`; `layers` are the base's, 0..num_layers, negative from the last, None for every one;
+    `batch_tokens` counts padded tokens a batch; `padding`, `right` or `left`, changes nothing but rounding.
 
     Raises:
         ChassisError: layer out of range, an unknown `positions` or `padding`, a prompt longer than a model,
@@ -245,9 +238,9 @@ def harvest_splits(
     sets = {"train": ("mixed", "train", n_train), "val": ("mixed", "val", held), "test": ("mixed", "test", held)}
     sets |= {"template": ("unseen", "test", held), "single": ("single", "test")}
     texts = {"text_train": (text, "train"), "text_val": (text, "val"), "text": (text, "test")}
-    asked = [(sets, "last"), (texts, "all")]
     go = partial(harvest, base, expert, out_dir=out_dir, progress=progress)
-    return {k: go(probe_set(*named), where) for some, where in asked for k, named in some.items()}
+    last = {k: go(probe_set(*named), "last") for k, named in sets.items()}
+    return last | {k: go(probe_set(*named), "all") for k, named in texts.items()}
 
 
 @dataclass
@@ -264,7 +257,6 @@ class _Run:
 
     def collect(self, model: LanguageModel, layers: list[int]) -> dict[str, torch.Tensor]:
         """`hidden.<layer> (n, hidden)` of one model, `prompt (n,)` and `next_token (n,)`."""
-        ids = self.ids
         key = {"probes": self.probes.digest, "positions": self.positions, "layers": layers, "shard": SHARD}
         key |= {"model": model.name, "edits": [edit.revision for edit in model.edits]}
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
@@ -272,8 +264,9 @@ class _Run:
         key |= {"weights": model.revision, "tokenizer": model.tokenizer_hash}
         key |= {"dtype": str(model.model.dtype), "torch": torch.__version__}
         parts: list[dict[str, torch.Tensor]] = []
-        bar = tqdm(total=len(ids), desc=f"{model.name} / {self.probes.name}", disable=not self.progress, leave=False)
-        for first in range(0, len(ids), SHARD):
+        name, n = f"{model.name} / {self.probes.name}", len(self.ids)
+        bar = tqdm(total=n, desc=name, disable=not self.progress, leave=False)
+        for first in range(0, n, SHARD):
             path = None if self.out_dir is None else self.out_dir / f"{digest}-{first // SHARD:05d}.safetensors"
             part = None
             if path and path.exists():
@@ -285,11 +278,11 @@ class _Run:
                 except ChassisError:
                     tqdm.write(f"{path.name} is damaged and is made again")
             if part is None:
-                part = self._shard(model, layers, ids[first : first + SHARD], first)
+                part = self._shard(model, layers, self.ids[first : first + SHARD], first)
                 if path:
                     _write(part, path, {"key": json.dumps(key)})
             parts.append(part)
-            bar.update(min(SHARD, len(ids) - first))
+            bar.update(min(SHARD, n - first))
         bar.close()
         return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
@@ -304,9 +297,8 @@ class _Run:
                         rows[i][layer] = state[own][-1 if last else 0 :].clone()
                         if not torch.isfinite(rows[i][layer]).all():
                             where = f"layer {layer} on prompt {first + i} of '{self.probes.name}'"
-                            raise ChassisError(
-                                f"{model.name} gives NaN or infinity at {where}: try dtype float32, or leave it out"
-                            )
+                            advice = "try dtype float32, or leave that prompt out"
+                            raise ChassisError(f"{model.name} gives NaN or infinity at {where}: {advice}")
         part = {f"hidden.{layer}": torch.cat([row[layer] for row in rows.values()]) for layer in layers}
         part["prompt"] = torch.tensor([first + n for n, i in enumerate(ids) for _ in (i[-1:] if last else i)])
         part["next_token"] = torch.tensor([token for i in ids for token in ([] if last else i[1:]) + [-1]])
@@ -331,8 +323,7 @@ def tokenize(model: LanguageModel, probes: Probes) -> tuple[list[list[int]], int
         if ids[0] not in model.tokenizer.all_special_ids:
             if not fast:
                 raise ChassisError(f"{model.name}: its slow tokenizer begins no text and gives no byte counts")
-            start = encoded["offset_mapping"][n][0][1]
-            first = model.tokenizer.convert_ids_to_tokens(ids[0])
+            start, first = encoded["offset_mapping"][n][0][1], model.tokenizer.convert_ids_to_tokens(ids[0])
             # Offsets count characters; a byte-level token may be a part of one, and has one letter a byte.
             missing = len(prompt[:start].encode()) - len(first) if byte_level else 0
         num_bytes += len(prompt[start:].encode()) + missing
@@ -348,8 +339,7 @@ def _shared(ids: list[list[int]], least: int = 3, crowd: int = 16) -> list[tuple
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, one in enumerate(ids):
         groups.setdefault(tuple(one[:least]), []).append(i)
-    rest: list[int] = []
-    shared = []
+    rest, shared = [], []
     for group in groups.values():
         low, high = (choose(ids[i] for i in group) for choose in (min, max))
         cut = next((n for n, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))
@@ -385,8 +375,8 @@ def _batches(lengths: dict[int, int], batch_tokens: int) -> list[list[int]]:
 def _padded(ids: list[list[int]], side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask, `(batch, length)` each."""
     rows = [torch.tensor(own) for own in ids]
-    tokens, mask = (pad_sequence(part, True, 0, side) for part in (rows, [torch.ones_like(own) for own in rows]))
-    return tokens, mask
+    ones = [torch.ones_like(own) for own in rows]
+    return pad_sequence(rows, True, 0, side), pad_sequence(ones, True, 0, side)
 
 
 def _make(folder: str | Path) -> Path:

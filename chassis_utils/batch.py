@@ -180,8 +180,8 @@ def _execute(source: Path, out: Path, values: dict[str, Any], lock: int) -> str 
     path = os.pathsep.join(filter(None, (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH"))))
     # The child keeps the lock open, so that a run whose parent was killed still counts as one.
     options = {"env": os.environ | {"CHASSIS_HEADLESS": "1", "PYTHONPATH": path}, "pass_fds": (lock,), "text": True}
-    script, told = str(Path(__file__).with_name("execute.py")), json.dumps([str(source), str(partial), values])
-    command = [sys.executable, "-P", script, told]
+    task = json.dumps([str(source), str(partial), values])
+    command = [sys.executable, "-P", str(Path(__file__).with_name("execute.py")), task]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
     try:
         told = child.communicate()[1]

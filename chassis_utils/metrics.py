@@ -61,15 +61,11 @@ def evaluate(
 ) -> pd.DataFrame:
     """Compare adapted bases with the expert, one row per adapter and probe set, and one for the bare base.
 
-    Args:
-        base: the base.
-        expert: the expert.
-        adapter: one adapter or several; all are judged from the same forward passes.
-        probes: probe sets, or activations of them already harvested (no forward pass then).
-        positions: for probe sets, `last` or `all`; `all` for real text unless given.
-        bare: where the base (or its states) were edited, activations of the bare one on the same probes, in the same
-            order; harvested if not given. The identity is always the bare base.
-        allow_overlap: accept prompts that the adapter was fitted on, outside the split `train`.
+    One adapter or several are judged from the same forward passes, on probe sets (harvested at `positions`, `last` or
+    `all`; `all` for real text unless given) or on activations of them already harvested (no forward pass then). The
+    identity is always the bare base: where the base (or its states) were edited, `bare` holds activations of the bare
+    one on the same probes, in the same order, harvested if not given. `allow_overlap` accepts prompts that the adapter
+    was fitted on, outside the split `train`.
 
     Returns:
         Columns `base, expert, method, rank, layer, onto, split, probes, n`, `kl` and `kl_identity` (nats, mean over
@@ -85,8 +81,7 @@ def evaluate(
         if not hasattr(model, "readout"):
             raise ChassisError(f"{role} is a {type(model).__name__}, not a model: load it first")
     adapters = _several(adapter, Adapter, "adapter", "what fit returns")
-    sets = _several(probes, Probes | Activations, "probes", "a probe set or what harvest returns")
-    if not sets:
+    if not (sets := _several(probes, Probes | Activations, "probes", "a probe set or what harvest returns")):
         raise ChassisError("no probes to evaluate on: give at least one set")
     for one in adapters:
         one.check_base(base)
@@ -110,9 +105,8 @@ def evaluate(
 def _several(given: Any, kind: Any, name: str, wanted: str) -> list[Any]:
     """One or several of a kind as a list, or ChassisError."""
     several = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
-    for one in several:
-        if not isinstance(one, kind):
-            raise ChassisError(f"{name} is or holds a {type(one).__name__}: give {wanted}, or several")
+    if wrong := [type(one).__name__ for one in several if not isinstance(one, kind)]:
+        raise ChassisError(f"{name} is or holds a {wrong[0]}: give {wanted}, or several")
     return several
 
 
@@ -143,8 +137,7 @@ def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow
             agree = (ours.argmax(-1) == first).sum()
             totals[i] += torch.stack([agree.double(), nats]).cpu()
             by_prompt[i].index_add_(0, prompt[rows], (weight * (target - ours)).sum(-1).cpu())
-    n, reference = len(a), float(by_prompt[0].sum()) / len(a)
-    rows = []
+    n, reference, rows = len(a), float(by_prompt[0].sum()) / len(a), []
     for adapter, (agree, nats), kls in zip(everyone, totals.tolist(), by_prompt, strict=True):
         value, (low, high) = float(kls.sum()) / n, _bounds(kls, sizes)
         recovered = worst = best = math.nan
@@ -157,7 +150,7 @@ def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow
         row |= {"onto": adapter.onto, "split": a.probes.split, "probes": a.probes.name, "n": n}
         row |= {"kl": value, "kl_identity": reference, "kl_low": low, "kl_high": high}
         row |= {"recovered": recovered, "recovered_low": 1 - best, "recovered_high": 1 - worst}
-        row |= {"top1_agreement": agree / n}
-        row |= {"bits_per_byte": nats / math.log(2) / a.num_bytes if a.positions == "all" else math.nan}
+        bits = nats / math.log(2) / a.num_bytes if a.positions == "all" else math.nan
+        row |= {"top1_agreement": agree / n, "bits_per_byte": bits}
         rows.append(row | {"base_revision": base.revision, "expert_revision": expert.revision})
     return rows

@@ -131,9 +131,8 @@ class LanguageModel:
                 torch.manual_seed(seed)
                 other = AutoConfig.for_model(model_type, **config)
                 model = AutoModelForCausalLM.from_config(other, dtype=self.model.dtype).to(self.device)
-            ours, drawn = self.model.state_dict(), model.state_dict()
-            same = {k: ours[k] for k in drawn if weights and k in ours and ours[k].shape == drawn[k].shape}
-            model.load_state_dict(drawn | same)
+            ours, drawn = self.model.state_dict() if weights else {}, model.state_dict()
+            model.load_state_dict(drawn | {k: t for k, t in ours.items() if k in drawn and t.shape == drawn[k].shape})
             return LanguageModel(f"{self.name} as {model_type}{'' if weights else ', random'}", model, self.tokenizer)
         except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:120]
@@ -285,10 +284,9 @@ class LanguageModel:
         states = {layer: every[layer].float() for layer in inner}
         if self.num_layers in layers:
             states[self.num_layers] = out.last_hidden_state.float()
-        for edit in self.edits:
-            # The library notes a state before the hook of the block that reads it.
-            if edit.layer in states:
-                states[edit.layer] = states[edit.layer] + edit.delta(states[edit.layer])
+        # The library notes a state before the hook of the block that reads it.
+        for edit in (edit for edit in self.edits if edit.layer in states):
+            states[edit.layer] = states[edit.layer] + edit.delta(states[edit.layer])
         return states
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -314,9 +312,8 @@ class LanguageModel:
         own = logits[0, :, : self.vocab_size].float()
         if not torch.isfinite(ours).all():
             raise ChassisError(f"{self.name}: NaN or infinity on plain tokens: damaged weights, or try dtype float32")
-        tolerance = 1e-4 if self.model.dtype == torch.float32 else 3e-2
         gap = float((ours - own).abs().max() / own.abs().max().clamp(min=1e-6))
-        if not gap < tolerance:
+        if not gap < (1e-4 if self.model.dtype == torch.float32 else 3e-2):
             wrong = f"head(final hidden state) is not the model's logits (relative gap {gap:.1e})"
             cause = f"{type(self.model).__name__} does something after its head that is not known here"
             raise ChassisError(f"{self.name}: {wrong}; {cause}")

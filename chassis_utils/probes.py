@@ -80,12 +80,10 @@ class Probes:
 def probe_set(name: str, split: str = "train", n: int | None = None) -> Probes:
     """A probe set by name.
 
-    Args:
-        name: a template set (`mixed`, `math`, `physics`, `unseen`, `numerals`, `languages`, `single`) or a bundled
-            text (`prose`, `math-text`, `verse`).
-        split: `train`, `val` or `test`. Templates are numbered from 0, 5,000 and 8,000 as in the study; of the
-            passages of a text, number 3 of every 5 is `val`, number 4 is `test`.
-        n: how many; for templates 4,096 (train) or 512, for texts all.
+    It is a template set (`mixed`, `math`, `physics`, `unseen`, `numerals`, `languages`, `single`) or a bundled text
+    (`prose`, `math-text`, `verse`). In the splits `train`, `val` and `test` templates are numbered from 0, 5,000 and
+    8,000 as in the study; of the passages of a text, number 3 of every 5 is `val`, number 4 is `test`. Unless n says
+    how many, there are 4,096 (train) or 512 of a template set, and all of a text.
 
     Raises:
         ChassisError: unknown name or split, or n outside what the split holds.
@@ -114,8 +112,7 @@ def passages(name: str, texts: Sequence[str], split: str, n: int | None = None) 
     Raises:
         ChassisError: the split holds fewer than n passages, or none.
     """
-    place = {3: "val", 4: "test"}
-    chosen = [t.strip() for i, t in enumerate(texts) if place.get(i % 5, "train") == split]
+    chosen = [t.strip() for i, t in enumerate(texts) if {3: "val", 4: "test"}.get(i % 5, "train") == split]
     if n is not None and not 1 <= n <= len(chosen):
         raise ChassisError(f"n = {n} does not fit split {split} of '{name}': it holds {len(chosen)} passages")
     return Probes(name, "text" if split == "test" else split, tuple(chosen[:n]))
