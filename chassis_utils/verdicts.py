@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -101,9 +102,11 @@ def judge(records: str | Path | pd.DataFrame, experiment: str) -> Verdict:
 
 
 def write(run_dir: str | Path) -> list[Verdict]:
-    """Judge every experiment that has records and write `verdicts.json` beside them."""
+    """Judge every experiment that has records and write `verdicts.json` beside them; warn of a mixture of runs."""
     folder = Path(run_dir)
     frame = read_records(folder)
+    if len({str(v) for v in frame["versions"]}) > 1:
+        warnings.warn(f"{folder} holds records of other library versions too: run all notebooks again", stacklevel=2)
     verdicts = [judge(frame, name) for name in RULES if (frame["experiment"] == name).any()]
     with locked(folder / ".results.lock"):
         told = {v.experiment: {k: x for k, x in asdict(v).items() if k != "experiment"} for v in verdicts}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -373,3 +374,17 @@ def test_html_shows_names_as_text(tmp_path: Path) -> None:
     assert "holds" in shown
     page = Verdict("exact_adapter", "open", "<b>claim</b>", "a < b & c", [])._repr_html_()
     assert "<b>claim" not in page and "&lt;b&gt;claim" in page and "a &lt; b &amp; c" in page
+
+
+def test_records_of_another_run_are_noticed(tmp_path: Path) -> None:
+    record(tmp_path, "exact_adapter", exact())
+    record(tmp_path, "stacked_adapters", stacked())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write(tmp_path)
+    file = tmp_path / "results.jsonl"
+    first, rest = file.read_text().split("\n", 1)
+    older = json.loads(first) | {"versions": {"torch": "1.0"}}
+    file.write_text(json.dumps(older) + "\n" + rest)
+    with pytest.warns(UserWarning, match="other library versions"):
+        write(tmp_path)
