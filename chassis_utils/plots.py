@@ -224,10 +224,8 @@ def kl_vs_rank(frame: pd.DataFrame, reported: pd.DataFrame | None = None, title:
     Args:
         frame: what `evaluate` returned, one row a measurement.
         reported: the study's own figures, columns `method, rank, layer, split, kl`, drawn hollow.
-        title: what the figure shows.
-        alt: alternative text; written from the figures if not given.
-        quantity: the entry of `QUANTITIES` shown first.
-        split: the split shown first; "test" if there is one.
+        title, alt: what the figure shows; its alternative text, written from the figures if not given.
+        quantity, split: the entry of `QUANTITIES` and the split shown first; "test" if there is one.
 
     Raises:
         ChassisError: nothing to draw, a column is missing, or several experts are mixed.
@@ -266,13 +264,9 @@ def kl_vs_depth(frame: pd.DataFrame, reported: pd.DataFrame | None = None,
 
 def kl_vs_step(courses: pd.DataFrame, identity: float, title: str = "KL to the expert against step",
                alt: str | None = None) -> go.Figure:
-    """KL on the training rows against step or seconds, one line a method; identity dashed.
+    """KL on the training rows against step or seconds, one line a method; `identity` dashed, the bare base's KL there.
 
-    Args:
-        courses: columns `method, step, kl, seconds`, what `refine` returned.
-        identity: KL of the bare base on the same rows, nats.
-        title: what the figure shows.
-        alt: alternative text; written from the figures if not given.
+    `courses` has the columns `method, step, kl, seconds`, as `refine` returns them.
     """
     figure, given = go.Figure(), courses.groupby("method", sort=False)
     for name, rows in given:
@@ -401,21 +395,28 @@ def bars(frame: pd.DataFrame, title: str = "Share of the identity KL recovered",
                    yaxis={"autorange": "reversed", "categoryarray": splits, "showgrid": False})
 
 
+def shares(frame: pd.DataFrame) -> list[str]:
+    """Recovered shares as text, each with its 95% interval where the frame has one."""
+    ends = frame.reindex(columns=["recovered", "recovered_low", "recovered_high"]) * 100
+    return [_figures(x, "%") + (f" ({_figures(low, '%')} to {_figures(high, '%')})" if low == low else "")
+            for x, low, high in ends.itertuples(index=False)]
+
+
 @dataclass
 class Table:
     """A frame, one row a split, that shows itself as an HTML table in JupyterLab and in the book alike."""
 
     frame: pd.DataFrame
     caption: str
-    sortable: bool = False
-    """For the frame of `results_table`: no index; in the book the reader sorts and filters."""
+    sortable: bool = False  # for the frame of `results_table`: no index; in the book the reader sorts and filters
 
     def _repr_html_(self) -> str:
-        shares = {name: lambda value: _figures(100 * value, "%") for name in self.frame if "recovered" in name}
+        percent = {name: lambda value: value if isinstance(value, str) else _figures(100 * value, "%")
+                   for name in self.frame if "recovered" in name}
         frame = self.frame if self.sortable else self.frame.rename_axis(columns="split")
         # As objects: whole numbers stay whole, and one that is missing is shown like any other.
         table = frame.astype(object).where(frame.notna(), math.nan).to_html(
-            float_format=_figures, formatters=shares, na_rep="–", border=0, index=not self.sortable,
+            float_format=_figures, formatters=percent, na_rep="–", border=0, index=not self.sortable,
             classes="sortable" if self.sortable else None)
         caption = f'<caption style="text-align:left">{html.escape(self.caption)}</caption>'
         return (f'<div class="table-scroll" style="overflow-x:auto" tabindex="0" role="region" '
@@ -438,6 +439,8 @@ def comparison_table(frame: pd.DataFrame, reported: pd.DataFrame | None = None, 
     if others := [corrected] if corrected else [name for name in methods if name != reproduced]:
         found["corrected"] = _choice(frame, others, rank, layer)
     columns = {name: rows["kl"] for name, (rows, _) in found.items()} | {"identity": pd.Series(identity)}
-    columns |= {f"recovered, {name}": rows["recovered"] for name, (rows, _) in found.items() if name != "reported"}
+    columns |= {f"recovered, {name}": pd.Series(shares(rows), rows.index)
+                for name, (rows, _) in found.items() if name != "reported"}
+    columns["n"] = frame.groupby("split")["n"].max().astype(int)
     notes = [place if place.startswith(name) else f"{name}: {place}" for name, (_, place) in found.items()]
     return Table(pd.DataFrame(columns, index=list(identity)), f"{'; '.join(['KL to the expert in nats', *notes])}.")

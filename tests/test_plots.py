@@ -209,12 +209,15 @@ def test_the_table_holds_the_study_the_reproduction_the_correction_and_the_ident
     frame = pd.concat([grid(("as_reported",)), grid(("rrr",)).query("method == 'rrr'").assign(kl=0.00123456)])
     table = plots.comparison_table(frame, REPORTED, rank=8, layer=4)
     assert list(table.frame.columns) == ["reported", "reproduced", "corrected", "identity", "recovered, reproduced",
-                                         "recovered, corrected"]
+                                         "recovered, corrected", "n"]
     assert table.frame.index.tolist() == list(plots.SPLITS)
     cells = table._repr_html_()
     assert ">0.00123<" in cells and ">0.67<" in cells and "–" in cells and "rank 8, layer 4" in cells
     wanted = frame.query("method == 'as_reported' and rank == 8 and layer == 4 and split == 'test'")["kl"].item()
     assert table.frame.loc["test", "reproduced"] == wanted
+    bounds = frame.assign(recovered=0.25, recovered_low=0.125, recovered_high=0.375)
+    assert set(plots.comparison_table(bounds, rank=8, layer=4).frame["recovered, reproduced"]) == {
+        "25% (12.5% to 37.5%)"}
     evil = plots.comparison_table(grid(("<b>x</b>",)))._repr_html_()
     assert "<b>" not in evil and "overflow-x:auto" in evil
     with pytest.raises(ChassisError, match="no row of method 'nope'"):
