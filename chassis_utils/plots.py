@@ -1,7 +1,6 @@
 """Figures and tables, drawn from the tidy frame that `evaluate` returns: one row a measurement.
 
-Every figure carries its data and its controls in its own JSON, so that it can be played with on a page that has
-no kernel. Backgrounds are transparent and lines keep their contrast on white and on black.
+A figure carries its data and controls in its own JSON: it can be played with on a page that has no kernel.
 """
 
 from __future__ import annotations
@@ -224,8 +223,10 @@ def kl_vs_rank(frame: pd.DataFrame, reported: pd.DataFrame | None = None, title:
     Args:
         frame: what `evaluate` returned, one row a measurement.
         reported: the study's own figures, columns `method, rank, layer, split, kl`, drawn hollow.
-        title, alt: what the figure shows; its alternative text, written from the figures if not given.
-        quantity, split: the entry of `QUANTITIES` and the split shown first; "test" if there is one.
+        title: what the figure shows.
+        alt: alternative text; written from the figures if not given.
+        quantity: the entry of `QUANTITIES` shown first.
+        split: the split shown first; "test" if there is one.
 
     Raises:
         ChassisError: nothing to draw, a column is missing, or several experts are mixed.
@@ -296,8 +297,8 @@ def phase_diagram(frame: pd.DataFrame, title: str = "Recovered share over the ra
     Raises:
         ChassisError: nothing to draw, a column is missing, one place is measured twice, or an unknown choice.
     """
-    keys, by = ["expert_rank", "rank"], ["method", "split", "n_train"]
-    shown = ["kl", "kl_identity", "recovered", "n", "recovered_low", "recovered_high", *keys]
+    keys, by = "expert_rank rank".split(), "method split n_train".split()
+    shown = [*"kl kl_identity recovered n recovered_low recovered_high".split(), *keys]
     rows = _measured(frame, [*by, *shown]).query("method != 'identity' and recovered.notna()")
     if rows.empty or rows.duplicated(by + keys).any():
         raise ChassisError("the frame holds no share to draw, or two for one place: draw one seed and strength")
@@ -306,8 +307,7 @@ def phase_diagram(frame: pd.DataFrame, title: str = "Recovered share over the ra
     for kind, names, name in zip(by, known, chosen, strict=True):
         if name not in names:
             raise ChassisError(f"no {kind} {name!r} was measured: choose one of {', '.join(names)}")
-    up, across = (sorted(map(int, rows[key].unique())) for key in keys)
-    figure, controls = go.Figure(), []
+    (up, across), figure, controls = (sorted(map(int, rows[key].unique())) for key in keys), go.Figure(), []
     attributes = (("xaxis", "x", "x2"), ("yaxis", "y", "y2"), ("visible", True, False))
     for mark, group in rows.groupby(by, sort=False):
         cells = group.set_index(keys, drop=False).reindex(pd.MultiIndex.from_product([up, across]))[shown]
