@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers.decoders import ByteLevel
@@ -262,7 +263,7 @@ class _Run:
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         # What makes a shard of the same name another one: not part of the name, so that it can be said.
         key |= {"weights": model.revision, "tokenizer": model.tokenizer_hash}
-        key |= {"dtype": str(model.model.dtype), "torch": torch.__version__}
+        key |= {"dtype": str(model.model.dtype), "torch": torch.__version__, "transformers": transformers.__version__}
         parts: list[dict[str, torch.Tensor]] = []
         name, n = f"{model.name} / {self.probes.name}", len(self.ids)
         bar = tqdm(total=n, desc=name, disable=not self.progress, leave=False)

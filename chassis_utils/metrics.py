@@ -39,7 +39,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
     return mean, mean - reach, mean + reach
 
 
-def _bounds(share: torch.Tensor, of: torch.Tensor) -> tuple[float, float]:
+def ratio_bounds(share: torch.Tensor, of: torch.Tensor) -> tuple[float, float]:
     """95% interval of `sum(share) / sum(of)`, both `(prompts,)`: prompts are the sample, not the tokens in them."""
     m, ratio = len(of), float(share.sum() / of.sum())
     if m < 2 or not math.isfinite(ratio):
@@ -139,10 +139,10 @@ def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow
             by_prompt[i].index_add_(0, prompt[rows], (weight * (target - ours)).sum(-1).cpu())
     n, reference, rows = len(a), float(by_prompt[0].sum()) / len(a), []
     for adapter, (agree, nats), kls in zip(everyone, totals.tolist(), by_prompt, strict=True):
-        value, (low, high) = float(kls.sum()) / n, _bounds(kls, sizes)
+        value, (low, high) = float(kls.sum()) / n, ratio_bounds(kls, sizes)
         recovered = worst = best = math.nan
         if reference > 1e-12:
-            recovered, (worst, best) = 1 - value / reference, _bounds(kls, by_prompt[0])
+            recovered, (worst, best) = 1 - value / reference, ratio_bounds(kls, by_prompt[0])
         row = {"base": base.name, "expert": expert.name, "method": adapter.method}
         row |= (
             {"rank": None, "layer": None} if adapter is everyone[0] else {"rank": adapter.rank, "layer": adapter.layer}
