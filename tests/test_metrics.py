@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chassis_utils import Activations, Adapter, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load
-from chassis_utils.metrics import kl
+from chassis_utils.metrics import interval, kl, ratio_bounds
 from pocket_recipe import gpt2_tokenizer
 
 TEXTS = ("The river rises in the hills, naïve and cold.", "24 - 9 = 15 rolls are left — 東京.")
@@ -180,3 +180,40 @@ def test_arguments_of_another_kind_are_refused(
     arguments = [activations.base, activations.expert, fit(activations, rank=2), unseen]
     with refused(*words):
         evaluate(*arguments[:place], wrong, *arguments[place + 1 :])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=12))
+def test_an_interval_over_seeds_is_students(values: list[float]) -> None:
+    mean, low, high = interval(values)
+    sem = scipy.stats.sem(values)
+    wanted = scipy.stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=sem) if sem else (mean, mean)
+    assert mean == pytest.approx(np.mean(values), abs=1e-9)
+    np.testing.assert_allclose((low, high), wanted, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("values", [[], [0.5]])
+def test_an_interval_over_one_seed_is_refused(values: list[float]) -> None:
+    with refused("at least two", "seed"):
+        interval(values)
+
+
+def test_the_interval_over_prompts_covers_as_often_as_it_says() -> None:
+    # Prompts of very different lengths, whose tokens lie together: tokens taken as the sample would cover far less.
+    draw, hits, tries = np.random.default_rng(0), 0, 400
+    for _ in range(tries):
+        sizes = torch.from_numpy(draw.integers(5, 60, 40)).double()
+        sums = sizes * torch.from_numpy(draw.normal(0.3, 0.1, 40))
+        low, high = ratio_bounds(sums, sizes)
+        hits += low <= 0.3 <= high
+    assert 0.92 <= hits / tries <= 0.98
+
+
+def test_every_row_has_its_interval(activations: Activations, unseen: Probes) -> None:
+    base, expert = activations.base, activations.expert
+    table = evaluate(base, expert, fit(activations, rank=4), unseen)
+    assert (table.kl_low < table.kl).all() and (table.kl < table.kl_high).all()
+    assert table.recovered_low[0] == table.recovered_high[0] == 0
+    assert table.recovered_low[1] < table.recovered[1] < table.recovered_high[1]
+    alone = evaluate(base, expert, fit(activations, rank=4), Probes("one", "test", unseen.prompts[:1]))
+    assert alone[["kl_low", "kl_high", "recovered_low", "recovered_high"]].isna().all(axis=None)
