@@ -57,6 +57,12 @@ def test_every_kl_has_its_identity_baseline(records: pd.DataFrame) -> None:
         assert bare.get(key) == 1, f"no identity baseline for {key}"
 
 
+def test_every_kl_and_every_share_has_its_interval(records: pd.DataFrame) -> None:
+    figures = records[records["metric"].isin(["kl", "recovered"]) & (records["n"] > 1)]
+    assert len(figures) > 1000 and (figures["low"] <= figures["value"]).all()
+    assert (figures["value"] <= figures["high"]).all()
+
+
 def test_every_experiment_has_a_verdict_that_rests_on_records(profile: Profile, records: pd.DataFrame) -> None:
     verdicts = json.loads((profile.run_dir / "verdicts.json").read_text())
     assert set(verdicts) == set(RULES) == set(records["experiment"])
