@@ -266,9 +266,9 @@ def _(e: Evidence) -> str:
     "gradient_refinement",
     "Refining the closed form by gradients destroys it (KL 8.98 on test after 50 epochs).",
     "On the training prompts, in shares of the identity KL. Holds if Adam, from a closed form that has lost less than "
-    "a ten-thousandth, loses more than a hundredth in its first epoch at every step size that was tried. An artefact "
-    "of the step if it does so at the study's step size and not at the smallest, and no step of Böhning's, from v1, "
-    "raises the KL. Otherwise open.",
+    "a ten-thousandth, loses more than a hundredth in its first epoch even at the smallest step size that was tried. "
+    "An artefact of the step if it does so at the study's step size only and no step of Böhning's, from v1, raises "
+    "the KL. Otherwise open.",
 )
 def _(e: Evidence) -> str:
     names = ("rrr", "closed_adam_1e-06_first", "closed_adam_1e-02_first")
