@@ -30,6 +30,7 @@ class _Rows:
             raise ChassisError(f"{a.base.name} caps its logits: no linear map of them is refined here")
         device = a.base.device
         self.x = a.layer(start.layer).to(device)
+        self.with_one = torch.cat([self.x, torch.ones_like(self.x[:, :1])], dim=1)  # for the bias
         self.base = a.base.readout(a.hidden[a.final].to(device))
         self.p = a.expert.readout(a.expert_hidden.to(device)).softmax(-1)
         self.entropy = float(torch.special.entr(self.p.double()).sum())
@@ -83,14 +84,14 @@ def refine(
 
 
 def _adam(rows: _Rows, start: Adapter, steps: int, rate: float, batch: int = 32) -> Iterator[Adapter]:
-    torch.manual_seed(0)
+    draw = torch.Generator().manual_seed(0)
     size = start.down.norm(dim=0)
     parts = [start.down / size, (size * start.up.norm(dim=1)).log(), start.up / start.up.norm(dim=1)[:, None]]
     u, log_s, v, d = parts = [part.clone().requires_grad_() for part in (*parts, start.bias)]
     columns = torch.arange(rows.base.shape[1]) if start.columns is None else start.columns
     optimizer = torch.optim.Adam(parts, lr=rate)
     for _ in range(steps):
-        for some in torch.randperm(len(rows.x)).to(rows.x.device).split(batch):
+        for some in torch.randperm(len(rows.x), generator=draw).to(rows.x.device).split(batch):
             change = (rows.x[some] @ u * log_s.exp()) @ v + d
             ours = rows.base[some].index_add(1, columns.to(rows.x.device), change).log_softmax(-1)
             optimizer.zero_grad()
@@ -107,7 +108,7 @@ def _from_dense(start: Adapter, whole: torch.Tensor) -> Adapter:
 
 def _bohning(rows: _Rows, start: Adapter, steps: int, rate: float, momentum: bool = False) -> Iterator[Adapter]:
     """`W += 2 (X'X)^-1 X'(P - softmax(base + XW))`, as `diag(p) - pp' <= I/2` (Böhning 1992)."""
-    x = torch.cat([rows.x, torch.ones_like(rows.x[:, :1])], dim=1)
+    x = rows.with_one
     second = x.double().T @ x.double()
     # Only against a singular matrix; the bound holds for anything larger too.
     factor = torch.linalg.cholesky(second + 1e-9 * second.diagonal().max() * torch.eye(len(second), device=x.device))
@@ -127,7 +128,7 @@ def _bohning(rows: _Rows, start: Adapter, steps: int, rate: float, momentum: boo
 
 
 def _lbfgs(rows: _Rows, start: Adapter, steps: int, rate: float) -> Iterator[Adapter]:
-    x = torch.cat([rows.x, torch.ones_like(rows.x[:, :1])], dim=1)
+    x = rows.with_one
     # In the data's own metric every direction counts alike, and the search needs far fewer steps.
     values, vectors = torch.linalg.eigh(x.double().T @ x.double() / len(x))
     root = values.clamp(min=1e-9 * float(values.max())).sqrt()
