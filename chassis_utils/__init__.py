@@ -8,12 +8,14 @@ if TYPE_CHECKING:
     from .adapter import Adapter, fit
     from .errors import ChassisError
     from .experts import SyntheticExpert, load_expert
-    from .metrics import evaluate, interval
+    from .features import Features
+    from .metrics import choose_rank, evaluate, interval
     from .models import LanguageModel, bundled, load
-    from .probes import Probes, passages, probe_set
+    from .probes import Probes, passages, probe_set, written
     from .records import Records, read_records, results_table, write_table
     from .refinement import refine
     from .solve import Gram, ridge
+    from .statistics import Statistics, gather
 
 __version__ = "0.1.0"
 
@@ -22,12 +24,14 @@ _HOMES = {
     "adapter": ("Adapter", "fit"),
     "errors": ("ChassisError",),
     "experts": ("SyntheticExpert", "load_expert"),
-    "metrics": ("evaluate", "interval"),
+    "features": ("Features",),
+    "metrics": ("choose_rank", "evaluate", "interval"),
     "models": ("LanguageModel", "bundled", "load"),
-    "probes": ("Probes", "passages", "probe_set"),
+    "probes": ("Probes", "passages", "probe_set", "written"),
     "records": ("Records", "read_records", "results_table", "write_table"),
     "refinement": ("refine",),
     "solve": ("Gram", "ridge"),
+    "statistics": ("Statistics", "gather"),
 }
 __all__ = sorted(name for names in _HOMES.values() for name in names)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .errors import ChassisError
 from .experts import SyntheticExpert
-from .models import LanguageModel
+from .models import LanguageModel, Place
 from .probes import Probes, probe_set
 from .records import replacing
 
@@ -42,7 +42,9 @@ class Activations:
     expert: Expert
     probes: Probes
     positions: str  #: `last` (one row a prompt) or `all` (one row a token)
-    hidden: dict[int, torch.Tensor]  #: layer -> `(n, hidden)` of the base, float32. The final layer is always there
+    hidden: dict[
+        Place, torch.Tensor
+    ]  #: layer or `block b` -> `(n, size)` of the base, float32. The final layer is always there
     expert_hidden: torch.Tensor  #: `(n, expert hidden)`: what the expert's head reads
     prompt: torch.Tensor  #: `(n,)`: number of the prompt a row belongs to
     next_token: torch.Tensor  #: `(n,)`: id of the token that follows, -1 where none does
@@ -52,22 +54,22 @@ class Activations:
         return len(self.prompt)
 
     @property
-    def layers(self) -> list[int]:
-        """Harvested layers."""
-        return sorted(self.hidden)
+    def layers(self) -> list[Place]:
+        """Harvested layers, then blocks."""
+        return sorted(self.hidden, key=_order)
 
     @property
     def final(self) -> int:
         """Number of the final layer."""
         return self.base.num_layers
 
-    def layer(self, layer: int) -> torch.Tensor:
-        """Hidden states `(n, hidden)` of one layer; negative numbers count from the last.
+    def layer(self, layer: Place) -> torch.Tensor:
+        """Hidden states `(n, hidden)` of one layer, negative numbers from the last; or what `block b` reads.
 
         Raises:
             ChassisError: the layer does not exist or was not harvested.
         """
-        number = layer + self.final + 1 if layer < 0 else layer
+        number = layer + self.final + 1 if isinstance(layer, int) and layer < 0 else layer
         if number not in self.hidden:
             have = f"{', '.join(map(str, self.layers))} of {self.base.name} (0..{self.final})"
             raise ChassisError(f"layer {layer} is not among the harvested layers {have}")
@@ -144,7 +146,8 @@ class Activations:
             if meta.get(role) != model.revision:
                 raise ChassisError(f"{path} was made with another {role} than {model.name}: harvest again")
         name, split, prompts = json.loads(meta["probes"])
-        hidden = {int(k.split(".")[1]): t for k, t in tensors.items() if k.startswith("hidden.")}
+        names = {k: k.removeprefix("hidden.") for k in tensors if k.startswith("hidden.")}
+        hidden = {int(name) if name.isdigit() else name: tensors[k] for k, name in names.items()}
         rest = {k: tensors[k] for k in _BESIDE} | {"num_bytes": int(meta["num_bytes"])}
         return cls(base, expert, Probes(name, split, tuple(prompts)), meta["positions"], hidden, **rest)
 
@@ -156,9 +159,24 @@ class _Lever:
     layer: int
     revision: str = "lever"
 
-    def delta(self, state: torch.Tensor) -> torch.Tensor:
-        self.zero = torch.zeros_like(state, requires_grad=True)
+    @property
+    def reads(self) -> tuple[Place, ...]:
+        return (self.layer,)
+
+    @property
+    def changes(self) -> Place:
+        return self.layer
+
+    def correction(self, hidden: Mapping[Place, torch.Tensor]) -> torch.Tensor:
+        self.zero = torch.zeros_like(hidden[self.layer], requires_grad=True)
         return self.zero
+
+
+def _order(place: Place) -> tuple[bool, int]:
+    """Layers by number, then blocks by number, then the stream."""
+    return (
+        (False, place) if isinstance(place, int) else (True, int(place.removeprefix("block ").replace("stream", "-1")))
+    )
 
 
 def _same_base(base: LanguageModel, expert: SyntheticExpert) -> None:
@@ -171,7 +189,7 @@ def harvest(
     expert: Expert,
     probes: Probes,
     positions: str = "last",
-    layers: Sequence[int] | None = None,
+    layers: Sequence[Place] | None = None,
     *,
     batch_tokens: int = 4096,
     padding: str = "right",
@@ -185,7 +203,8 @@ def harvest(
     shared by every expert and notebook that asks for the same base, probes, layers and positions.
 
     The expert is a model with the base's tokenizer, or a function of the base's hidden state. `positions` is the `last`
-    token of each prompt, or `all`; `layers` are the base's, 0..num_layers, negative from the last, None for every one;
+    token of each prompt, or `all`; `layers` are the base's, 0..num_layers, negative from the last, None for every one,
+    `block b` for what the linear maps of block b read;
     `batch_tokens` counts padded tokens a batch; `padding`, `right` or `left`, changes nothing but rounding.
 
     Raises:
@@ -193,10 +212,28 @@ def harvest(
             tokenizers that differ, or activations that are not finite (prompt and layer are named).
     """
     final = base.num_layers
-    wanted = sorted({final, *map(base.layer_number, range(final) if layers is None else layers)})
+    wanted = sorted({final, *map(base.layer_number, range(final) if layers is None else layers)}, key=_order)
     for name, value, known in (("positions", positions, ("last", "all")), ("padding", padding, ("left", "right"))):
         if value not in known:
             raise ChassisError(f"{name} = '{value}': choose {' or '.join(known)}")
+    ids, num_bytes = checked_ids(base, expert, probes)
+    run = _Run(probes, ids, positions, batch_tokens, padding, None if out_dir is None else _make(out_dir), progress)
+    part = run.collect(base, wanted)
+    states = {layer: part[f"hidden.{layer}"] for layer in wanted}
+    if isinstance(expert, LanguageModel):
+        theirs = run.collect(expert, [expert.num_layers])[f"hidden.{expert.num_layers}"]
+    else:
+        bare = states[final] if base.bare is base else run.collect(base.bare, wanted)[f"hidden.{final}"]
+        theirs = expert.transform(bare.to(base.device)).cpu()
+    return Activations(base, expert, probes, positions, states, theirs, part["prompt"], part["next_token"], num_bytes)
+
+
+def checked_ids(base: LanguageModel, expert: Expert, probes: Probes) -> tuple[list[list[int]], int]:
+    """What `tokenize` gives, once it is sure that both models read the same ids.
+
+    Raises:
+        ChassisError: tokenizers that differ, or an expert drawn for another base.
+    """
     ids, num_bytes = tokenize(base, probes)
     if isinstance(expert, LanguageModel):
         if getattr(base.tokenizer, "is_fast", False) and expert.tokenizer_hash == base.tokenizer_hash:
@@ -208,15 +245,7 @@ def harvest(
             raise ChassisError(f"{expert.name} and {base.name} cut prompts into other tokens: check the first token")
     else:
         _same_base(base, expert)
-    run = _Run(probes, ids, positions, batch_tokens, padding, None if out_dir is None else _make(out_dir), progress)
-    part = run.collect(base, wanted)
-    states = {layer: part[f"hidden.{layer}"] for layer in wanted}
-    if isinstance(expert, LanguageModel):
-        theirs = run.collect(expert, [expert.num_layers])[f"hidden.{expert.num_layers}"]
-    else:
-        bare = states[final] if base.bare is base else run.collect(base.bare, wanted)[f"hidden.{final}"]
-        theirs = expert.transform(bare.to(base.device)).cpu()
-    return Activations(base, expert, probes, positions, states, theirs, part["prompt"], part["next_token"], num_bytes)
+    return ids, num_bytes
 
 
 def harvest_splits(
@@ -256,7 +285,7 @@ class _Run:
     out_dir: Path | None
     progress: bool
 
-    def collect(self, model: LanguageModel, layers: list[int]) -> dict[str, torch.Tensor]:
+    def collect(self, model: LanguageModel, layers: list[Place]) -> dict[str, torch.Tensor]:
         """`hidden.<layer> (n, hidden)` of one model, `prompt (n,)` and `next_token (n,)`."""
         key = {"probes": self.probes.digest, "positions": self.positions, "layers": layers, "shard": SHARD}
         key |= {"model": model.name, "edits": [edit.revision for edit in model.edits]}
@@ -287,8 +316,8 @@ class _Run:
         bar.close()
         return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
-    def _shard(self, model: LanguageModel, layers: list[int], ids: list[list[int]], first: int) -> dict:
-        rows: dict[int, dict[int, torch.Tensor]] = {i: {} for i in range(len(ids))}
+    def _shard(self, model: LanguageModel, layers: list[Place], ids: list[list[int]], first: int) -> dict:
+        rows: dict[int, dict[Place, torch.Tensor]] = {i: {} for i in range(len(ids))}
         last = self.positions == "last"
         for cut, some in _shared(ids) if last and model.keeps_cache else [(0, list(rows))]:
             for batch in _batches({i: len(ids[i]) - cut for i in some}, self.batch_tokens):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from .activations import Activations
 from .errors import ChassisError
 from .experts import SyntheticExpert
-from .models import LanguageModel, Readout, tensor_hash
+from .features import Features
+from .models import LanguageModel, Place, Readout, tensor_hash
 from .records import replacing
 from .solve import Gram, low_rank, ridge
+from .statistics import Statistics
 
-FORMAT = 1
-ONTO = ("final", "layer", "normed", "nothing")
+FORMAT = 2  # 1 had no features and no edits
+ONTO = ("final", "layer", "normed", "stream", "nothing")
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,18 @@ class Adapter:
 
     method: str
     layer: int  #: Layer of the base whose hidden state is read
-    down: torch.Tensor  #: `(hidden, rank)`
+    down: torch.Tensor  #: `(p, rank)`: p is the hidden size, or the number of `features`
     up: torch.Tensor  #: `(rank, m)`: m is the vocabulary, the number of `columns`, or the hidden size
     bias: torch.Tensor  #: `(m,)`
     base_name: str
     head_hash: str  #: Of the base's readout: the adapter fits no other
     space: str = "logits"  #: What is corrected: `logits`, or `hidden` (the head's input)
     #: What the correction is added to: the `final` state, the `layer`'s state read without the final norm (as the
-    #: study did), the same `normed`, or `nothing` (a lens).
+    #: study did), the same `normed`, or `nothing` (a lens); an edit may also change the `stream` before the final norm.
     onto: str = "final"
     columns: torch.Tensor | None = None  #: `(m,)` vocabulary ids that are corrected; None is all
+    features: Features | None = None  #: What is read, where it is not the state of `layer` alone
+    edits: tuple[Adapter, ...] = ()  #: Changes of earlier layers that are in place when this one reads
     values: torch.Tensor | None = None  #: Singular values of the full map, largest first
     fitted_on: frozenset[int] = frozenset()  #: Fingerprints of the prompts it was fitted on
     info: dict = field(default_factory=dict)  #: Fit settings and statistics, plain numbers and strings
@@ -52,8 +57,27 @@ class Adapter:
 
     @property
     def num_parameters(self) -> int:
-        """Entries of `down`, `up` and `bias`."""
-        return self.down.numel() + self.up.numel() + self.bias.numel()
+        """Entries of `down`, `up` and `bias`, of the edits too; random features are drawn anew, not stored."""
+        own = self.down.numel() + self.up.numel() + self.bias.numel()
+        return own + sum(edit.num_parameters for edit in self.edits)
+
+    @property
+    def reads(self) -> tuple[Place, ...]:
+        """Where in the base it reads."""
+        return (self.layer,) if self.features is None else self.features.places
+
+    @property
+    def changes(self) -> Place:
+        """What an edit changes: the state of `layer`, or the stream."""
+        return "stream" if self.onto == "stream" else self.layer
+
+    def inputs(self, hidden: Mapping[Place, torch.Tensor]) -> torch.Tensor:
+        """What `down` is multiplied with, `(..., p)`."""
+        return hidden[self.layer] if self.features is None else self.features(hidden)
+
+    def correction(self, hidden: Mapping[Place, torch.Tensor]) -> torch.Tensor:
+        """What it adds, `(..., m)`, from what is found at the places it reads."""
+        return self.delta(self.inputs(hidden))
 
     def named(self, method: str) -> Adapter:
         """The same adapter under another name, as records and figures will show it."""
@@ -70,18 +94,22 @@ class Adapter:
         return replace(self, down=self.down[:, :rank], up=self.up[:rank])
 
     def delta(self, state: torch.Tensor) -> torch.Tensor:
-        """The correction `(n, m)` for states `(n, hidden)` of its layer."""
+        """The correction `(n, m)` for inputs `(n, p)`."""
         return (state @ self.down) @ self.up + self.bias
 
     @property
     def revision(self) -> str:
-        """Hash of layer and map."""
-        return tensor_hash(self.down, self.up, self.bias, torch.tensor(self.layer))
+        """Hash of what is read, the map, and the edits before it."""
+        own = tensor_hash(self.down, self.up, self.bias, torch.tensor(self.layer))
+        if self.features is None and not self.edits:
+            return own
+        parts = [own, repr(self.features), *(edit.revision for edit in self.edits)]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
-    def logits(self, base: LanguageModel, hidden: dict[int, torch.Tensor]) -> torch.Tensor:
-        """Adapted logits `(n, vocab)` from the base's hidden states, layer -> `(n, hidden)`."""
+    def logits(self, base: LanguageModel, hidden: Mapping[Place, torch.Tensor]) -> torch.Tensor:
+        """Adapted logits `(n, vocab)` from the base's hidden states, layer -> `(n, hidden)`, after its edits."""
         readout, state = base.readout, hidden[self.layer]
-        correction = self.delta(state)
+        correction = self.correction(hidden)
         if self.onto == "nothing":
             return readout(correction) if self.space == "hidden" else readout.cap(correction)
         start = hidden[base.num_layers] if self.onto == "final" else state
@@ -111,7 +139,7 @@ class Adapter:
     def to(self, device: torch.device | str) -> Adapter:
         """The same adapter on another device."""
         moved = {k: t.to(device) for k in ("down", "up", "bias", "columns") if (t := getattr(self, k)) is not None}
-        return replace(self, **moved)
+        return replace(self, **moved, edits=tuple(edit.to(device) for edit in self.edits))
 
     @classmethod
     def identity(cls, base: LanguageModel, layer: int | None = None, onto: str = "final") -> Adapter:
@@ -135,16 +163,43 @@ class Adapter:
         folder = Path(folder)
         if folder.exists() and not (folder / "adapter.json").is_file():
             raise ChassisError(f"{folder} exists and is no adapter folder: choose another name")
-        tensors = {k: t.cpu().contiguous() for k, t in vars(self).items() if isinstance(t, torch.Tensor)}
-        if self.fitted_on:
-            tensors["fitted_on"] = torch.tensor(sorted(self.fitted_on))
-        plain = {"format": FORMAT} | {k: v for k, v in vars(self).items() if isinstance(v, int | str | dict)}
-        text = json.dumps(plain, indent=1) + "\n"
+        tensors, plain = self._written()
+        text = json.dumps({"format": FORMAT} | plain, indent=1) + "\n"
         with replacing(folder) as temporary:
             temporary.mkdir(parents=True)
             save_file(tensors, temporary / "adapter.safetensors")
             (temporary / "adapter.json").write_text(text)
         return folder
+
+    def _written(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """Tensors and plain values, those of edit number i under `edits.i.`."""
+        tensors = {k: t.cpu().contiguous() for k, t in vars(self).items() if isinstance(t, torch.Tensor)}
+        if self.fitted_on:
+            tensors["fitted_on"] = torch.tensor(sorted(self.fitted_on))
+        plain = {k: v for k, v in vars(self).items() if isinstance(v, int | str | dict)}
+        plain["features"] = None if self.features is None else asdict(self.features)
+        plain["edits"] = []
+        for i, edit in enumerate(self.edits):
+            theirs, values = edit._written()
+            tensors |= {f"edits.{i}.{name}": tensor for name, tensor in theirs.items()}
+            plain["edits"].append(values)
+        return tensors, plain
+
+    @classmethod
+    def _read(cls, plain: dict, tensors: dict[str, torch.Tensor]) -> Adapter:
+        """The way back; raises ValueError, KeyError or TypeError on what `_written` does not write."""
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith("edits.")}
+        fitted_on = frozenset(own.pop("fitted_on", torch.empty(0, dtype=torch.long)).tolist())
+        features = plain["features"] and Features(**plain["features"])
+        edits = tuple(
+            cls._read(
+                values, {k.removeprefix(f"edits.{i}."): t for k, t in tensors.items() if k.startswith(f"edits.{i}.")}
+            )
+            for i, values in enumerate(plain["edits"])
+        )
+        adapter = cls(**plain | own | {"features": features, "edits": edits, "fitted_on": fitted_on})
+        adapter._check()
+        return adapter
 
     @classmethod
     def load(cls, folder: str | Path, base: LanguageModel | None = None) -> Adapter:
@@ -157,15 +212,13 @@ class Adapter:
         try:
             plain = json.loads((folder / "adapter.json").read_text())
             tensors = load_file(folder / "adapter.safetensors")
-            known = plain.pop("format")
-            fitted_on = frozenset(tensors.pop("fitted_on", torch.empty(0, dtype=torch.long)).tolist())
-            adapter = cls(**plain, **tensors, fitted_on=fitted_on)
-            adapter._check()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            if (known := plain.pop("format")) == FORMAT:
+                adapter = cls._read(plain, tensors)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, ChassisError) as error:
             kind = type(error).__name__
             raise ChassisError(f"{folder} is not a readable adapter folder ({kind}): save it again") from error
         if known != FORMAT:
-            raise ChassisError(f"{folder} has adapter format {known}, this version reads {FORMAT}: update chassis")
+            raise ChassisError(f"{folder} has adapter format {known}, this version reads {FORMAT}: fit it again")
         if base is not None:
             adapter.check_base(base)
         return adapter
@@ -199,33 +252,39 @@ def method(name: str) -> Callable[[Method], Method]:
 
 
 def fit(
-    activations: Activations,
-    method: str = "rrr",
+    activations: Activations | Statistics,
+    method: str = "v2",
     rank: int | None = None,
     *,
     layer: int = -1,
-    lam: float = 1e-3,
+    lam: float | None = None,
     **options,
 ) -> Adapter:
     """Solve for an adapter in closed form.
 
     Args:
-        activations: of base and expert on the training probes.
-        method: `v1` (the study's), `ridge` and `rrr` (difference to base logits, all columns; cut by SVD or in the
-            data's metric), `hidden` (difference of hidden states), `aligned` and `projected` (experiment 2), `lens`.
+        activations: of base and expert on the training probes; or what `gather` returns, for `ridge`, `rrr` and `v2`.
+        method: `v2` (the strongest; see `distill`), `v1` (the study's), `ridge` and `rrr` (difference to base logits,
+            all columns; cut by SVD or in the data's metric), `hidden` (difference of hidden states), `aligned` and
+            `projected` (experiment 2), `lens`.
         rank: of the map; None keeps all, to be cut later by `Adapter.at_rank`.
         layer: of the base, negative from the last.
-        lam: ridge penalty on the sum of squares.
+        lam: ridge penalty on the sum of squares, 1e-3 unless given; `v2` chooses its own.
         **options: of the method; `fit` names those that a method does not know.
 
     Raises:
         ChassisError: unknown method or option, layer not harvested, rank 0 or above the dimension, K above the
             vocabulary, a singular system, or a map that is not finite.
     """
-    if not isinstance(activations, Activations):
+    from . import distill  # noqa: F401  it registers v2, and needs this module
+
+    sums = isinstance(activations, Statistics)
+    if not sums and not isinstance(activations, Activations):
         raise ChassisError(f"activations is a {type(activations).__name__}: give what harvest returns")
     if not isinstance(method, str) or method not in METHODS:
         raise ChassisError(f"no method '{method}': choose from {', '.join(sorted(METHODS))}")
+    if sums and method not in ("ridge", "rrr", "v2"):
+        raise ChassisError(f"method {method} needs every row: give what harvest returns")
     function = METHODS[method]
     known = function.__code__.co_varnames[3 : function.__code__.co_argcount + function.__code__.co_kwonlyargcount]
     if unknown := ", ".join(sorted({*options} - {*known})):
@@ -233,12 +292,16 @@ def fit(
     base, expert = activations.base, activations.expert
     if expert.readout.softcap != base.readout.softcap:
         raise ChassisError(f"{base.name} and {expert.name} cap their logits differently: no linear map joins them")
-    activations.layer(layer)
+    if not sums:
+        activations.layer(layer)
+    lam = 1e-3 if lam is None and method != "v2" else lam
     adapter = function(activations, layer % (base.num_layers + 1), lam, **options)
-    info = adapter.info | {"n": len(activations), "lam": lam, "probes": activations.probes.name}
+    probes = activations.probes if sums else (activations.probes,)
+    info = {"n": len(activations), "lam": lam, "probes": " + ".join(one.name for one in probes)} | adapter.info
     info |= {"positions": activations.positions, "base_revision": base.revision}
     info |= {"expert": expert.name, "expert_revision": expert.revision}
-    adapter = replace(adapter, method=method, info=info, fitted_on=activations.probes.fingerprints).to(base.device)
+    seen = frozenset().union(*(one.fingerprints for one in probes))
+    adapter = replace(adapter, method=method, info=info, fitted_on=seen).to(base.device)
     try:
         adapter._check()
     except ValueError as error:
@@ -257,38 +320,71 @@ def _head(readout: Readout) -> tuple[torch.Tensor, torch.Tensor]:
     return weight, weight.new_zeros(weight.shape[1]) if readout.bias is None else readout.bias.cpu().double()
 
 
-def difference(a: Activations, layer: int, lam: float) -> tuple[torch.Tensor, torch.Tensor, Gram]:
-    """Ridge from a layer's state to expert logits minus base logits (before any cap), centred over the vocabulary.
+def heads(a: Activations | Statistics) -> tuple[torch.Tensor, torch.Tensor]:
+    """`J (expert hidden + hidden, vocab)` and `j (vocab,)`: expert minus base logits, before any cap, are `y J + j`.
 
-    Both logits are linear in hidden states, so one fit to the hidden states serves all columns.
-
-    Returns:
-        `B (hidden, vocab)`, `d (vocab,)`, and the statistics used.
+    y is the expert's and the base's final state side by side. Both parts are centred over the vocabulary.
     """
     (expert_head, expert_bias), (base_head, base_bias) = _head(a.expert.readout), _head(a.base.readout)
-    gram = Gram.of(a.layer(layer), torch.cat([a.expert_hidden, a.hidden[a.final]], dim=1))
-    weight, bias = ridge(gram, lam)
-    cut = a.expert_hidden.shape[1]
-    full = weight[:, :cut] @ expert_head - weight[:, cut:] @ base_head
-    shift = bias[:cut] @ expert_head - bias[cut:] @ base_head + expert_bias - base_bias
+    both, shift = torch.cat([expert_head, -base_head]), expert_bias - base_bias
     if a.base.readout.softcap is None:
         # A constant over the vocabulary changes no probability (unless a cap follows): it would only cost rank.
-        full, shift = full - full.mean(1, keepdim=True), shift - shift.mean()
-    return full, shift, gram
+        both, shift = both - both.mean(1, keepdim=True), shift - shift.mean()
+    return both, shift
+
+
+def difference(
+    a: Activations | Statistics, layer: int, lam: float, features: Features | None = None
+) -> tuple[torch.Tensor, torch.Tensor, Gram]:
+    """Ridge from a layer's state, or features, to the final states of expert and base side by side.
+
+    Both logits are linear in these, so one fit to hidden states serves all columns of the vocabulary (see `heads`).
+
+    Returns:
+        `W (p, expert hidden + hidden)`, its bias, and the statistics used.
+    """
+    if isinstance(a, Statistics):
+        gram = a.gram
+    else:
+        x = a.layer(layer) if features is None else features({place: a.layer(place) for place in features.places})
+        gram = Gram.of(x, torch.cat([a.expert_hidden, a.hidden[a.final]], dim=1))
+    return *ridge(gram, lam), gram
+
+
+def column_weights(a: Activations | Statistics) -> torch.Tensor:
+    """Mean of `p (1 - p)` over some 2,048 rows of the expert, `(vocab,)`: how much each logit counts in the KL.
+
+    A token that never occurs keeps a millionth of the mean, so that no direction is lost.
+    """
+    head = a.expert.readout
+    some = a.kept[1][:, : head.weight.shape[1]] if isinstance(a, Statistics) else a.expert_hidden[:: len(a) // 2048 + 1]
+    p = head(some.to(head.weight.device)).softmax(-1).double()
+    weights = (p * (1 - p)).mean(0).cpu()
+    return weights.clamp(min=1e-6 * float(weights.mean()))
+
+
+def _read(a: Activations | Statistics, features: Features | None) -> dict[str, Features | None]:
+    return {"features": a.features if isinstance(a, Statistics) else features}
 
 
 @method("ridge")
-def _ridge(a: Activations, layer: int, lam: float) -> Adapter:
+def _ridge(a: Activations, layer: int, lam: float, features: Features | None = None) -> Adapter:
     """Difference to base logits, all columns; lower ranks by plain SVD."""
-    full, shift, _ = difference(a, layer, lam)
-    return _adapter(a, layer, low_rank(full), shift)
+    weight, bias, _ = difference(a, layer, lam, features)
+    both, shift = heads(a)
+    return _adapter(a, layer, low_rank(weight, None, both), bias @ both + shift, **_read(a, features))
 
 
 @method("rrr")
-def _rrr(a: Activations, layer: int, lam: float) -> Adapter:
-    """Difference to base logits, all columns; lower ranks optimal for the fitted error."""
-    full, shift, gram = difference(a, layer, lam)
-    return _adapter(a, layer, low_rank(full, gram.covariance), shift)
+def _rrr(a: Activations, layer: int, lam: float, features: Features | None = None, metric: str = "data") -> Adapter:
+    """Difference to base logits, all columns; lower ranks optimal for the fitted error, or for `kl` about so."""
+    weight, bias, gram = difference(a, layer, lam, features)
+    both, shift = heads(a)
+    if metric not in ("data", "kl"):
+        raise ChassisError(f"metric = '{metric}': choose data or kl")
+    columns = column_weights(a) if metric == "kl" else None
+    factors = low_rank(weight, gram.covariance, both, columns)
+    return _adapter(a, layer, factors, bias @ both + shift, info={"metric": metric}, **_read(a, features))
 
 
 @method("lens")
@@ -296,7 +392,7 @@ def _lens(a: Activations, layer: int, lam: float) -> Adapter:
     """A layer's state straight to the expert's logits, all columns (experiment 3)."""
     head, head_bias = _head(a.expert.readout)
     weight, bias = ridge(Gram.of(a.layer(layer), a.expert_hidden), lam)
-    return _adapter(a, layer, low_rank(weight @ head), bias @ head + head_bias, onto="nothing")
+    return _adapter(a, layer, low_rank(weight, None, head), bias @ head + head_bias, onto="nothing")
 
 
 @method("v1")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+import time
+import warnings
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -14,7 +17,7 @@ from scipy.stats import t
 from .activations import Activations, Expert, harvest
 from .adapter import Adapter
 from .errors import ChassisError
-from .models import LanguageModel
+from .models import LanguageModel, Place
 from .probes import Probes
 
 BLOCK = 4_000_000  # logits a block
@@ -85,11 +88,15 @@ def evaluate(
         raise ChassisError("no probes to evaluate on: give at least one set")
     for one in adapters:
         one.check_base(base)
-    layers, rows = sorted({a.layer for a in adapters} | {base.num_layers}), []
+    # Adapters with the same edits on the way share a pass; those without any come first, with the identity.
+    groups: dict[tuple[str, ...], list[Adapter]] = {(): []}
+    for one in adapters:
+        groups.setdefault(tuple(edit.revision for edit in one.edits), []).append(one)
+    rows = []
     for place, given in enumerate(sets):
         if isinstance(given, Probes):
             where = positions or ("all" if given.split == "text" else "last")
-            given = harvest(base, expert, given, where, layers, progress=False)
+            given = harvest(base, expert, given, where, _places(groups[()]), progress=False)
         if given.base is not base or given.expert is not expert:
             pair = f"{given.base.name} and {given.expert.name}"
             raise ChassisError(f"these activations are of {pair}: harvest for this pair")
@@ -98,8 +105,79 @@ def evaluate(
             plain = harvest(base.bare, expert, given.probes, given.positions, [-1], progress=False)
         if plain.base.edits or plain.probes.digest != given.probes.digest or len(plain) != len(given):
             raise ChassisError(f"bare[{place}] is not the bare base on '{given.probes.name}': give the same order")
-        rows += _evaluate(given, adapters, plain.hidden[plain.final], allow_overlap)
+        for edits, several in groups.items():
+            if edits:
+                port, wanted = base.edited(*several[0].edits), _places(several)
+                here = harvest(port, expert, given.probes, given.positions, wanted, progress=False)
+            here = here if edits else given
+            found = _evaluate(here, several, plain.hidden[plain.final], allow_overlap)
+            rows += found[1:] if edits else found
     return pd.DataFrame(rows)
+
+
+def _places(adapters: list[Adapter]) -> list[Place]:
+    """Everywhere that these adapters read; the final layer is always there."""
+    return [*dict.fromkeys(place for one in adapters for place in (one.layer, *one.reads))]
+
+
+def choose_rank(
+    adapter: Adapter,
+    held_out: Activations,
+    *,
+    kl: float | None = None,
+    parameters: int | None = None,
+    latency: float | None = None,
+) -> int:
+    """The rank that a budget buys, exactly one of three; cut to it with `Adapter.at_rank`.
+
+    Args:
+        adapter: at its full rank.
+        held_out: rows it was not fitted on.
+        kl: nats a token: the smallest rank that reaches it on `held_out`.
+        parameters: numbers stored: the largest rank that needs no more.
+        latency: share of the base's own time: the largest rank whose map takes no more, timed here on `held_out`.
+
+    Raises:
+        ChassisError: none or several budgets, or one that no rank meets; it says what the nearest rank needs.
+    """
+    budgets = {"kl": kl, "parameters": parameters, "latency": latency}
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        raise ChassisError(f"{len(given)} budgets: give one of {', '.join(budgets)}")
+    (name, budget), base = *given.items(), held_out.base
+
+    def cost(rank: int) -> float:
+        cut = adapter.at_rank(rank)
+        if name == "parameters":
+            return cut.num_parameters
+        if name == "kl":
+            found = evaluate(base, held_out.expert, cut, held_out)
+            return float(found["kl"].iloc[-1])
+        return _seconds(lambda: cut.correction(held_out.hidden)) / alone
+
+    if name == "latency":
+        ids = torch.zeros(1, min(base.context, 256), dtype=torch.long)
+        rows = len(held_out) / ids.shape[1]
+        alone = rows * _seconds(lambda: base.bare.states(ids, torch.ones_like(ids)))
+    ranks = range(1, adapter.rank + 1)
+    if name == "kl":
+        rank = 1 + bisect_left(ranks, True, key=lambda one: cost(one) <= budget)
+    else:
+        rank = bisect_left(ranks, True, key=lambda one: cost(one) > budget)
+    if rank not in ranks:
+        nearest = min(max(rank, 1), adapter.rank)
+        raise ChassisError(f"no rank meets {name} = {budget:g}: rank {nearest} needs {cost(nearest):.4g}")
+    return rank
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """The fastest of five calls: what other work on the machine adds does not count."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _several(given: Any, kind: Any, name: str, wanted: str) -> list[Any]:
@@ -113,7 +191,8 @@ def _several(given: Any, kind: Any, name: str, wanted: str) -> list[Any]:
 def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow_overlap: bool) -> list[dict]:
     base, expert = a.base, a.expert
     for adapter in adapters:
-        a.layer(adapter.layer)
+        for place in (adapter.layer, *adapter.reads):
+            a.layer(place)
         seen = adapter.fitted_on & a.probes.fingerprints
         if seen and a.probes.split != "train" and not allow_overlap:
             those = f"{len(seen)} prompts of '{a.probes.name}' ({a.probes.split})"
@@ -141,6 +220,9 @@ def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow
     for adapter, (agree, nats), kls in zip(everyone, totals.tolist(), by_prompt, strict=True):
         value, (low, high) = float(kls.sum()) / n, ratio_bounds(kls, sizes)
         recovered = worst = best = math.nan
+        if reference <= 1e-12 and adapter is everyone[0]:
+            same = f"{base.name} and {expert.name} say the same on '{a.probes.name}'"
+            warnings.warn(f"{same}: there is nothing to recover, and the share is left empty", stacklevel=3)
         if reference > 1e-12:
             recovered, (worst, best) = 1 - value / reference, ratio_bounds(kls, by_prompt[0])
         row = {"base": base.name, "expert": expert.name, "method": adapter.method}

@@ -7,8 +7,8 @@ import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from .errors import ChassisError
@@ -36,6 +37,11 @@ _SIZES = (
 def bundled() -> list[str]:
     """Names of the models that come with the package."""
     return sorted(p.parent.name for p in POCKET.glob("*/config.json"))
+
+
+#: Where a model is read: a layer by its number; `block b`, the inputs of every linear map of block b side by side; or
+#: `stream`, the residual stream behind the last block, which the final norm reads.
+Place = int | str
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,20 @@ class Edit(Protocol):
     def revision(self) -> str:
         """Hash of what it does."""
 
-    def delta(self, state: torch.Tensor) -> torch.Tensor:
-        """What is added to the states `(n, hidden)` of its layer."""
+    @property
+    def reads(self) -> tuple[Place, ...]:
+        """Places that it reads, none of them behind the one it changes."""
+
+    @property
+    def changes(self) -> Place:
+        """The place that it changes: its layer, or `stream`."""
+
+    def correction(self, hidden: Mapping[Place, torch.Tensor]) -> torch.Tensor:
+        """What is added to the states `(..., hidden)` of its layer, from what is found at the places it reads."""
+
+
+class _Arrived(Exception):
+    """The pass has come as deep as it was asked to."""
 
 
 @dataclass
@@ -149,12 +167,19 @@ class LanguageModel:
         twin.__dict__.pop("revision", None)  # kept from the time before, for other edits
         return twin
 
-    def layer_number(self, layer: int) -> int:
-        """A layer counted from 0; negative numbers count from the last.
+    def layer_number(self, layer: Place) -> Place:
+        """A layer counted from 0, negative numbers from the last; another place stays what it is.
 
         Raises:
-            ChassisError: there is no such layer.
+            ChassisError: there is no such layer or block.
         """
+        if isinstance(layer, str):
+            names = [f"block {number}" for number in range(self.num_layers)]
+            if layer in (*names, "stream"):
+                return layer
+            raise ChassisError(
+                f"no place '{layer}' in {self.name}: it has {names[0]} to {names[-1]}, stream, and layers"
+            )
         number = layer + self.num_layers + 1 if layer < 0 else layer
         if not 0 <= number <= self.num_layers:
             there = f"{self.name} has 0 (embedding) to {self.num_layers} (final)"
@@ -171,20 +196,54 @@ class LanguageModel:
         raise ChassisError(f"{self.name}: {missing}, so {advice}")
 
     @contextmanager
-    def _on_the_way(self) -> Iterator[None]:
-        """Every edit below the final layer hooked to the block that reads its layer."""
+    def _on_the_way(self, wanted: Sequence[Place], depth: int) -> Iterator[dict[Place, torch.Tensor]]:
+        """The pass with its edits; gives the dictionary in which the wanted places are noted as the pass goes on.
 
-        def change(edit: Edit, _: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        Every edit below the final layer is hooked to the block that reads its layer, after what it reads is known.
+        The pass ends before block `depth`.
+        """
+        seen: dict[Place, torch.Tensor] = {}
+        inputs: dict[int, list[torch.Tensor]] = {}
+        edits = [edit for edit in self.edits if edit.changes != self.num_layers]
+        places = {*wanted, *(place for edit in self.edits for place in (edit.changes, *edit.reads)), depth}
+
+        def enter(number: Place, _: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             # The state is the first argument, by place or by name.
             state = args[0] if args else kwargs["hidden_states"]
-            changed = (state.float() + edit.delta(state.float())).to(state.dtype)
+            seen[number] = state.float()
+            here = [edit for edit in edits if edit.changes == number]
+            for edit in here:
+                seen[number] = seen[number] + edit.correction(seen)
+            if number == depth:
+                raise _Arrived
+            changed = seen[number].to(state.dtype) if here else state
             return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
 
+        def linear(number: int, _: torch.nn.Module, args: tuple) -> None:
+            # Maps that read the same tensor (queries, keys, values) count once; experts that see a part of the
+            # tokens (mixtures) not at all.
+            known = inputs.setdefault(number, [])
+            if args[0].shape[:2] == seen[number].shape[:2] and not any(args[0] is one for one in known):
+                known.append(args[0])
+
+        def leave(number: int, *_: object) -> None:
+            seen[f"block {number}"] = torch.cat([one.float() for one in inputs.pop(number)], dim=-1)
+
+        blocks = {int(place.split()[1]) for place in places if isinstance(place, str) and place != "stream"}
+        layers = {place for place in places if isinstance(place, int) and place < self.num_layers}
         with ExitStack() as stack:
-            for edit in (edit for edit in self.edits if edit.layer < self.num_layers):
-                block = self._blocks()[edit.layer]
-                stack.callback(block.register_forward_pre_hook(partial(change, edit), with_kwargs=True).remove)
-            yield
+            if "stream" in places:
+                hook = self._norm().register_forward_pre_hook(partial(enter, "stream"), with_kwargs=True)
+                stack.callback(hook.remove)
+            for number in sorted(layers | blocks):
+                block = self._blocks()[number]
+                stack.callback(block.register_forward_pre_hook(partial(enter, number), with_kwargs=True).remove)
+                if number in blocks:
+                    for part in block.modules():
+                        if isinstance(part, torch.nn.Linear | Conv1D):
+                            stack.callback(part.register_forward_pre_hook(partial(linear, number)).remove)
+                    stack.callback(block.register_forward_hook(partial(leave, number)).remove)
+            yield seen
 
     @property
     def device(self) -> torch.device:
@@ -249,45 +308,54 @@ class LanguageModel:
         self,
         input_ids: torch.Tensor,
         mask: torch.Tensor,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[Place] | None = None,
         prefix: Sequence[int] = (),
         grad: bool = False,
-    ) -> dict[int, torch.Tensor]:
-        """Hidden states of a padded batch, one forward pass with its edits, without the head.
+    ) -> dict[Place, torch.Tensor]:
+        """Hidden states of a padded batch, one forward pass with its edits, without the head, no deeper than asked for.
 
         Args:
             input_ids: `(batch, length)`.
             mask: `(batch, length)`, 1 at real tokens; padding may be on either side.
-            layers: which layers; None is the final one alone.
+            layers: which layers, and `block b` for the inputs of the linear maps of block b; None is the final layer.
             prefix: ids that come before every row; run once, for the whole batch.
             grad: keep what a gradient needs.
 
         Returns:
-            layer -> `(batch, length, hidden)`, float32, after the edits of that layer.
+            place -> `(batch, length, hidden)`, float32, after the edits of that layer.
         """
         layers = [self.num_layers] if layers is None else list(layers)
         input_ids, mask = input_ids.to(self.device), mask.to(self.device)
-        inner = [layer for layer in layers if layer != self.num_layers]
+        inner = [layer for layer in layers if isinstance(layer, int) and layer != self.num_layers]
+        # A block's inputs are known when the next block begins. What begins all rows is run to its end.
+        deep = {"stream": self.num_layers}
+        depth = max(p if isinstance(p, int) else deep.get(p) or int(p.split()[1]) + 1 for p in layers)
+        depth = self.num_layers if prefix else depth
         whole = torch.cat([mask.new_ones(len(mask), len(prefix)), mask], dim=1)
         options = {"attention_mask": whole, "use_cache": bool(prefix)}
         if self._takes_positions:
             options["position_ids"] = (whole.cumsum(1) - 1).clamp(min=0)[:, len(prefix) :]
-        with torch.inference_mode(not grad), self._on_the_way():
+        hooked = self.edits or depth < self.num_layers or any(isinstance(place, str) for place in layers)
+        notes = self._on_the_way(layers, depth) if hooked else nullcontext({})
+        with torch.inference_mode(not grad), notes as seen:
             if prefix:
                 first = torch.tensor([list(prefix)], device=self.device)
                 options["past_key_values"] = self.backbone(input_ids=first, use_cache=True).past_key_values
                 options["past_key_values"].batch_repeat_interleave(len(input_ids))
-            out = self.backbone(input_ids=input_ids, output_hidden_states=bool(inner), **options)
-        every = out.hidden_states
-        if inner and (every is None or len(every) != self.num_layers + 1):
-            raise ChassisError(f"{self.name}: this architecture does not give one hidden state a layer")
-        states = {layer: every[layer].float() for layer in inner}
-        if self.num_layers in layers:
-            states[self.num_layers] = out.last_hidden_state.float()
-        # The library notes a state before the hook of the block that reads it.
-        for edit in (edit for edit in self.edits if edit.layer in states):
-            states[edit.layer] = states[edit.layer] + edit.delta(states[edit.layer])
-        return states
+            try:
+                plain = bool(inner) and not hooked
+                out = self.backbone(input_ids=input_ids, output_hidden_states=plain, **options)
+            except _Arrived:
+                return {place: seen[place] for place in layers}
+            seen[self.num_layers] = out.last_hidden_state.float()
+            for edit in (edit for edit in self.edits if edit.changes == self.num_layers):
+                seen[edit.layer] = seen[edit.layer] + edit.correction(seen)
+        if plain:
+            every = out.hidden_states
+            if every is None or len(every) != self.num_layers + 1:
+                raise ChassisError(f"{self.name}: this architecture does not give one hidden state a layer")
+            seen |= {layer: every[layer].float() for layer in inner}
+        return {place: seen[place] for place in layers}
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's own final norm, `(n, hidden)` to `(n, hidden)`.
@@ -295,11 +363,15 @@ class LanguageModel:
         Raises:
             ChassisError: the norm was not found in this architecture.
         """
+        norm = self._norm()
+        with torch.inference_mode():
+            return norm(hidden.to(self.device, self.model.dtype)).float().to(hidden.device)
+
+    def _norm(self) -> torch.nn.Module:
         for holder in (self.backbone, getattr(self.backbone, "decoder", None)):
             for norm in (getattr(holder, name, None) for name in _NORM_NAMES):
                 if isinstance(norm, torch.nn.Module):
-                    with torch.inference_mode():
-                        return norm(hidden.to(self.device, self.model.dtype)).float().to(hidden.device)
+                    return norm
         raise ChassisError(f"{self.name}: no final norm found under any of {', '.join(_NORM_NAMES)}")
 
     def _check_readout(self) -> None:

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from .errors import ChassisError
+from .models import LanguageModel
 from .records import SPLITS
 
 TEXTS = Path(__file__).parent / "texts"
@@ -116,3 +119,33 @@ def passages(name: str, texts: Sequence[str], split: str, n: int | None = None) 
     if n is not None and not 1 <= n <= len(chosen):
         raise ChassisError(f"n = {n} does not fit split {split} of '{name}': it holds {len(chosen)} passages")
     return Probes(name, "text" if split == "test" else split, tuple(chosen[:n]))
+
+
+def written(expert: LanguageModel, n: int, split: str = "train", length: int = 256, seed: int = 0) -> Probes:
+    """Passages (n) that the expert writes itself, of at most `length` tokens, sampled at temperature 1 from nothing.
+
+    Where there is no corpus of its domain, this is one: the tokens on which its own distribution counts. The same seed
+    gives the same passages on the same machine; another split draws others.
+
+    Raises:
+        ChassisError: n or length below 1, an unknown split, or a tokenizer without a beginning-of-text token.
+    """
+    start, context = expert.tokenizer.bos_token_id, expert.context
+    if n < 1 or not 2 <= length <= context or split not in STARTS:
+        known = f"n >= 1, length 2..{context}, split {', '.join(STARTS)}"
+        raise ChassisError(f"nothing can be written with n = {n}, length = {length}, split '{split}': give {known}")
+    if start is None:
+        raise ChassisError(f"{expert.name} has no beginning-of-text token to start from: bring your own passages")
+    texts: list[str] = []
+    with torch.random.fork_rng(devices=[expert.device] if expert.device.type == "cuda" else []):
+        torch.manual_seed(seed + STARTS[split])
+        while len(texts) < n:
+            begin = torch.full((min(256, n), 1), start, device=expert.device)
+            options = {"do_sample": True, "max_new_tokens": length - 1, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+            options["pad_token_id"] = expert.tokenizer.pad_token_id or start
+            ids = expert.model.generate(begin, attention_mask=torch.ones_like(begin), **options)
+            # Rows of the head beyond the tokenizer stand for no token.
+            kept = [[i for i in row if i < expert.vocab_size] for row in ids.tolist()]
+            several = expert.tokenizer.batch_decode(kept, skip_special_tokens=True)
+            texts += [text for one in several if (text := one.strip())]
+    return Probes(f"written by {expert.name}", "text" if split == "test" else split, tuple(texts[:n]))

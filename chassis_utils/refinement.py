@@ -20,16 +20,20 @@ Refiner = Callable[["_Rows", Adapter, int, float], Iterator[Adapter]]
 
 
 class _Rows:
-    """Training rows in memory: states `(n, hidden)`, base logits and expert probabilities `(n, vocab)`, float32."""
+    """Training rows in memory: features `(n, p)`, base logits and expert probabilities `(n, vocab)`, float32."""
 
     def __init__(self, a: Activations, start: Adapter) -> None:
         if start.space != "logits" or start.layer != a.final or start.onto not in ("final", "layer"):
             what = f"a {start.method} adapter of {start.space} at layer {start.layer}"
             raise ChassisError(f"{what} cannot be refined: give one that changes logits, read at the final layer")
+        if [edit.revision for edit in start.edits] != [edit.revision for edit in a.base.edits]:
+            raise ChassisError(
+                f"this {start.method} adapter has other edits than the base: harvest base.edited(*edits)"
+            )
         if a.base.readout.softcap is not None:
             raise ChassisError(f"{a.base.name} caps its logits: no linear map of them is refined here")
         device = a.base.device
-        self.x = a.layer(start.layer).to(device)
+        self.x = start.inputs({place: a.layer(place) for place in start.reads}).to(device)
         self.with_one = torch.cat([self.x, torch.ones_like(self.x[:, :1])], dim=1)  # for the bias
         self.base = a.base.readout(a.hidden[a.final].to(device))
         self.p = a.expert.readout(a.expert_hidden.to(device)).softmax(-1)
@@ -40,7 +44,7 @@ class _Rows:
         return (-float(vecdot(self.p, logits.log_softmax(-1)).double().sum()) - self.entropy) / len(self.x)
 
     def dense(self, adapter: Adapter) -> torch.Tensor:
-        """The adapter as one map `(hidden + 1, vocab)`, float64; the last row is the bias."""
+        """The adapter as one map `(p + 1, vocab)`, float64; the last row is the bias."""
         own = torch.cat([adapter.down.double() @ adapter.up.double(), adapter.bias[None].double()])
         columns = torch.arange(own.shape[1], device=own.device) if adapter.columns is None else adapter.columns
         return own.new_zeros(len(own), self.base.shape[1]).index_copy_(1, columns, own)
@@ -57,12 +61,14 @@ def refine(
         how: `adam` (as the study did: KL by Adam on U, log S, V, d, batches of 32; a step is an epoch), `bohning`
             (majorise and minimise: a ridge solve on one Cholesky factor, the KL never rises), `accelerated` (the same
             with Nesterov's momentum, thrown away whenever the KL would rise) or `lbfgs` (towards the optimum of all
-            linear maps of the final state).
+            linear maps of what the adapter reads, in the metric of the data and of the KL).
         steps: how many.
         rate: Adam's step size; the others need none.
 
     Returns:
-        The last adapter, and `step`, `kl` (nats, on the training rows) and `seconds` after each step, step 0 first.
+        The last adapter, and `step`, `kl` (nats, on the training rows), `seconds` and `gradient` after each step, step
+        0 first. `gradient` is the norm that certifies an optimum, where the iteration knows it: a convex function is
+        nowhere lower than its value here less that norm times the distance, both in the metric of the step.
 
     Raises:
         ChassisError: an unknown `how`, steps below 1, or an adapter that is not of logits at the final layer.
@@ -71,16 +77,17 @@ def refine(
         raise ChassisError(f"no refinement '{how}': choose from {', '.join(REFINERS)}")
     if steps < 1:
         raise ChassisError(f"steps = {steps}: take at least one")
-    rows, state = _Rows(a, start), {a.final: a.hidden[a.final].to(a.base.device)}
-    course = [(0, rows.kl(start.logits(a.base, state)), 0.0)]
+    rows = _Rows(a, start)
+    state = {place: a.layer(place).to(a.base.device) for place in {a.final, *start.reads}}
+    course = [(0, rows.kl(start.logits(a.base, state)), 0.0, math.nan)]
     seconds, clock = 0.0, time.perf_counter()
     for step, adapter in enumerate(REFINERS[how](rows, start, steps, rate), 1):
         # What it costs to look is not counted.
         seconds += time.perf_counter() - clock
-        course.append((step, rows.kl(adapter.logits(a.base, state)), seconds))
+        course.append((step, rows.kl(adapter.logits(a.base, state)), seconds, adapter.info.get("gradient", math.nan)))
         clock = time.perf_counter()
     adapter = replace(adapter, method=how, fitted_on=a.probes.fingerprints, values=None)
-    return adapter, pd.DataFrame(course, columns=["step", "kl", "seconds"])
+    return adapter, pd.DataFrame(course, columns=["step", "kl", "seconds", "gradient"])
 
 
 def _adam(rows: _Rows, start: Adapter, steps: int, rate: float, batch: int = 32) -> Iterator[Adapter]:
@@ -133,20 +140,25 @@ def _lbfgs(rows: _Rows, start: Adapter, steps: int, rate: float) -> Iterator[Ada
     values, vectors = torch.linalg.eigh(x.double().T @ x.double() / len(x))
     root = values.clamp(min=1e-9 * float(values.max())).sqrt()
     z = (x.double() @ (vectors / root)).float()
-    theta = (root[:, None] * (vectors.T @ rows.dense(start))).requires_grad_()
-    optimizer = torch.optim.LBFGS([theta], max_iter=1, history_size=20, line_search_fn="strong_wolfe")
+    # So it does among the columns when each is as large as the KL is curved along it.
+    curved = (rows.p * (1 - rows.p)).double().mean(0)
+    columns = curved.clamp(min=1e-6 * float(curved.mean())).sqrt()
+    theta = (root[:, None] * (vectors.T @ rows.dense(start)) * columns).requires_grad_()
+    optimizer = torch.optim.LBFGS([theta], max_iter=1, history_size=10, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
         # Sums are long and the line search compares small differences: float64 for both.
-        value = -vecdot(rows.p, (rows.base + z @ theta.float()).log_softmax(-1)).double().mean()
+        logits = rows.base + z @ (theta / columns).float()
+        value = -vecdot(rows.p, logits.log_softmax(-1)).double().mean()
         value.backward()
         return value
 
     for _ in range(steps):
         optimizer.step(loss)
         with torch.no_grad():
-            yield _from_dense(start, (vectors / root) @ theta)
+            there = _from_dense(start, (vectors / root) @ (theta / columns))
+            yield replace(there, info=start.info | {"gradient": float(theta.grad.norm())})
 
 
 REFINERS: dict[str, Refiner] = {

@@ -10,6 +10,7 @@ import torch
 from .errors import ChassisError
 
 BLOCK = 4096  # rows cast to float64 at a time
+STRIP = 256  # columns multiplied at a time
 
 
 @dataclass
@@ -49,13 +50,26 @@ class Gram:
             self.n += len(a)
             self.x += a.sum(0)
             self.y += b.sum(0)
-            self.xx += a.T @ a
+            # The upper half alone is multiplied, strip by strip, then mirrored.
+            for left in range(0, a.shape[1], STRIP):
+                strip = slice(left, left + STRIP)
+                self.xx[strip, left:] += a[:, strip].T @ a[:, left:]
+                self.xx[left + STRIP :, strip] = self.xx[strip, left + STRIP :].T
             self.xy += a.T @ b
         return self
 
     def __add__(self, other: Gram) -> Gram:
         """Statistics of both sets of rows."""
         return Gram(*(getattr(self, f) + getattr(other, f) for f in ("n", "x", "y", "xx", "xy")))
+
+    def part(self, columns: torch.Tensor) -> Gram:
+        """Only those columns of x."""
+        return Gram(self.n, self.x[columns], self.y, self.xx[columns][:, columns], self.xy[columns])
+
+    def error(self, weight: torch.Tensor, bias: torch.Tensor) -> float:
+        """Sum of `|y - x W - b|^2` over the rows, less the sum of `|y|^2`, which no fit changes."""
+        squares = (weight * (self.xx @ weight)).sum() + 2 * bias @ (self.x @ weight) + self.n * bias @ bias
+        return float(squares - 2 * ((weight * self.xy).sum() + bias @ self.y))
 
     @property
     def covariance(self) -> torch.Tensor:
@@ -97,24 +111,58 @@ def ridge(gram: Gram, lam: float = 1e-3) -> tuple[torch.Tensor, torch.Tensor]:
     return weight, (gram.y - gram.x @ weight) / gram.n
 
 
-def low_rank(weight: torch.Tensor, metric: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    """Factors of `weight (p, q)` whose first r columns are its best rank-r approximation, for every r.
+def scaled_ridge(gram: Gram, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ridge` after every column of x is scaled to unit variance, lam being a share of the n rows.
+
+    For features of different size side by side, which one absolute lam would not treat alike.
+    """
+    size = (gram.covariance.diagonal() / gram.n).clamp(min=0).sqrt()
+    # A column that never changes tells nothing: it stays as small as it is.
+    size = size.clamp(min=1e-6 * float(size.max().clamp(min=1e-30)))
+    scaled = Gram(gram.n, gram.x / size, gram.y, gram.xx / size / size[:, None], gram.xy / size[:, None])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of rows fewer than columns: here lam is chosen on other rows
+        weight, bias = ridge(scaled, lam * gram.n)
+    return weight / size[:, None], bias
+
+
+def low_rank(
+    weight: torch.Tensor,
+    metric: torch.Tensor | None = None,
+    basis: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Factors of `weight (p, k) @ basis (k, q)` whose first r columns are its best rank-r approximation, for every r.
 
     Without a metric that is the SVD. With the covariance `C (p, p)` of x it is reduced-rank regression: the
     SVD of `C^(1/2) weight`, whose discarded singular values are exactly the lost error (Izenman 1975; the same
-    as SVD-LLM and QERA). Only p x p matrices are decomposed.
+    as SVD-LLM and QERA). With weights `D (q,)` of the columns it is that of `C^(1/2) weight basis D^(1/2)`. Only
+    matrices of the sizes of p and k are decomposed, never q x q; no basis is the unit matrix.
 
     Returns:
-        `down (p, k)`, `up (k, q)`, singular values `(k,)`, k = min(p, q), largest first; all float64.
+        `down (p, m)`, `up (m, q)`, singular values `(m,)`, m = min(p, k), largest first; all float64.
     """
-    scaled, inverse = weight.double(), None
+    weight, root, back = weight.double(), None, None
+    if basis is not None:
+        basis = basis.double()
+        values, vectors = torch.linalg.eigh((basis if columns is None else basis * columns.double()) @ basis.T)
+        # Directions that no column sees cannot be told apart from rounding.
+        keep = values > values.max() * 1e-14
+        size, vectors = values[keep].sqrt(), vectors[:, keep]
+        weight, back = weight @ (vectors * size), (vectors / size).T @ basis
+    if metric is not None and weight.shape[0] > weight.shape[1]:
+        squares, right = torch.linalg.eigh(weight.T @ (metric.double() @ weight))
+        right, values = right.flip(1), squares.flip(0).clamp(min=0).sqrt()
+        up = right.T if back is None else right.T @ back
+        return weight @ right, up, values
     if metric is not None:
         values, vectors = torch.linalg.eigh(metric.double())
         # Directions without data cannot be seen in the fit; they get no part in the factors.
         keep = values > values.max() * 1e-14
-        root, vectors = values[keep].sqrt(), vectors[:, keep]
-        scaled, inverse = (vectors * root) @ vectors.T @ scaled, (vectors / root) @ vectors.T
-    squares, left = torch.linalg.eigh(scaled @ scaled.T)
+        size, vectors = values[keep].sqrt(), vectors[:, keep]
+        weight, root = (vectors * size) @ vectors.T @ weight, (vectors / size) @ vectors.T
+    squares, left = torch.linalg.eigh(weight @ weight.T)
     order = squares.argsort(descending=True)[: min(weight.shape)]
     left, values = left[:, order], squares[order].clamp(min=0).sqrt()
-    return left if inverse is None else inverse @ left, left.T @ scaled, values
+    up = left.T @ weight
+    return left if root is None else root @ left, up if back is None else up @ back, values

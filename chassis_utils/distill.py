@@ -1,0 +1,129 @@
+"""v2: the expert imitated block by block in closed form, then its logits read; every choice made by held-out KL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from .activations import Activations
+from .adapter import Adapter, column_weights, heads, method
+from .errors import ChassisError
+from .features import Features
+from .metrics import kl
+from .solve import Gram, low_rank, scaled_ridge
+from .statistics import Statistics, gather, same_shape
+
+LAMS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@method("v2")
+def _v2(
+    a: Activations | Statistics,
+    layer: int,
+    lam: float | None,
+    metric: str = "kl",
+    blocks: bool = True,
+    edit_rank: int | None = None,
+    progress: bool = False,
+) -> Adapter:
+    """The default: blocks imitated, then logits read, choices held out.
+
+    1. Where the expert has the base's layers and width, the states after each block are moved to the expert's by
+       ridge on what the block's own linear maps read, block after block, each on the states the earlier ones cause.
+    2. The final state, the one before and the last block's inner values are mapped, by ridge on the difference to
+       base logits centred over the vocabulary, to all columns; lower ranks by reduced rank in the KL's own metric.
+    3. Every lam, the features, and whether to edit at all are chosen by KL on every eighth prompt, held out.
+
+    From `Statistics`, which cannot be run again, it is the second step on what they hold. `lam` is a share of the rows
+    here; `blocks` False leaves the first step out; `edit_rank` cuts its maps.
+    """
+    if metric not in ("data", "kl"):
+        raise ChassisError(f"metric = '{metric}': choose data or kl")
+    base, final, lams = a.base, a.base.num_layers, LAMS if lam is None else (lam,)
+    if layer != final:
+        raise ChassisError(f"v2 reads out at the final layer, {final}, and edits those before: leave layer at -1")
+    if isinstance(a, Statistics):
+        state = [Features((final,))] if final in a.features.places else []
+        return _read_out(a, [*state, a.features], metric, lams)[1]
+    if a.expert.revision == base.revision:
+        raise ChassisError(
+            f"{a.expert.name} is {base.name} itself: nothing to adapt, and a recovered share is undefined"
+        )
+    run = {"positions": a.positions, "progress": progress}
+    near = Features((final, final - 1, f"block {final - 1}"))
+    edited = blocks and same_shape(base, a.expert)
+    # Without edits, earlier layers hold what the last ones lost; with them, it was put right on the way.
+    widest = near if edited else Features((*near.places, *range(final - 1)))
+    choices = [Features((final,)), near, *([] if edited else [widest])]
+    reached, best = _read_out(gather(base, a.expert, a.probes, widest, **run), choices, metric, lams)
+    if edited:
+        edits: list[Adapter] = []
+        for number in (*range(1, final), "stream"):
+            before = final - 1 if number == "stream" else number - 1
+            features = Features((before, f"block {before}"))
+            stats = gather(base.edited(*edits), a.expert, a.probes, features, layer=number, **run)
+            edits.append(_imitation(stats, lams, edit_rank))
+        stats = gather(base.edited(*edits), a.expert, a.probes, near, **run)
+        there, deep = _read_out(stats, choices, metric, lams)
+        if there < reached:
+            best = replace(deep, edits=tuple(edits))
+    return best
+
+
+def _imitation(stats: Statistics, lams: Sequence[float], rank: int | None) -> Adapter:
+    """An edit of one layer: ridge from the features to the expert's state there minus the base's own."""
+    found = [(stats.held.error(weight, bias), lam, weight, bias) for lam, weight, bias in _ridges(stats.train, lams)]
+    _, chosen, weight, bias = min(found, key=lambda one: one[0])
+    down, up, values = (part.float() for part in low_rank(weight, stats.train.covariance))
+    parts = {"features": stats.features, "space": "hidden", "values": values, "info": {"lam": chosen}}
+    base, stream = stats.base, stats.layer == "stream"
+    parts["onto"], layer = ("stream", base.num_layers) if stream else ("layer", stats.layer)
+    edit = Adapter("imitation", layer, down, up, bias.float(), base.name, base.head_hash, **parts)
+    return edit if rank is None else edit.at_rank(min(rank, edit.rank))
+
+
+def _ridges(gram: Gram, lams: Sequence[float]) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
+    """The ridge at every lam at which the system can be solved; at least at the largest, or ChassisError."""
+    for lam in lams:
+        try:
+            yield lam, *scaled_ridge(gram, lam)
+        except ChassisError:
+            if lam == max(lams):
+                raise
+
+
+def _read_out(
+    stats: Statistics, choices: Sequence[Features], metric: str, lams: Sequence[float]
+) -> tuple[float, Adapter]:
+    """The best change of logits that these statistics allow, and its KL on the held-out rows they kept.
+
+    For every choice of features among those gathered and every lam, the ridge on all other rows is judged by that KL;
+    the best is solved again on all rows.
+    """
+    base, (x, y) = stats.base, stats.kept
+    both, shift = heads(stats)
+    cut = stats.expert.readout.weight.shape[1]
+    target, start = stats.expert.readout(y[:, :cut]), base.readout.linear(y[:, cut:])
+    places = dict(zip(stats.features.places, stats.features.sizes(base), strict=False))
+    tried = []
+    for features in choices:
+        keep, first = [], 0
+        for place, size in places.items():
+            keep += range(first, first + size) if place in features.places else ()
+            first += size
+        keep += range(first, x.shape[1]) if features.random else ()
+        columns = torch.tensor(keep)
+        for lam, weight, bias in _ridges(stats.train.part(columns), lams):
+            ours = (x[:, columns] @ (weight @ both).float()) + (bias @ both + shift).float()
+            tried.append((float(kl(target, base.readout.cap(start + ours)).mean()), lam, columns, features))
+    reached, lam, columns, features = min(tried, key=lambda one: one[0])
+    gram = stats.gram.part(columns)
+    weight, bias = scaled_ridge(gram, lam)
+    weights = column_weights(stats) if metric == "kl" else None
+    factors = low_rank(weight, gram.covariance, both, weights)
+    down, up, values, bias = (part.float() for part in (*factors, bias @ both + shift))
+    info = {"lam": lam, "held_out_kl": reached, "metric": metric}
+    parts = {"features": features, "values": values, "info": info}
+    return reached, Adapter("v2", base.num_layers, down, up, bias, base.name, base.head_hash, **parts)

@@ -1,0 +1,154 @@
+"""Streaming statistics of base and expert: what a fit needs of any number of tokens, in memory that does not grow."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+import torch
+from tqdm.auto import tqdm
+
+from .activations import Expert, _batches, _padded, checked_ids
+from .errors import ChassisError
+from .features import Features
+from .models import LanguageModel, Place
+from .probes import Probes
+from .solve import Gram
+
+FOLD = 8  # prompts number 7, 15, ... are held out, to choose by
+KEPT = 2048  # rows of the held-out prompts that are kept whole, to measure the KL on
+
+
+@dataclass
+class Statistics:
+    """Sums over the rows of base and expert on the same tokens; two of them add up.
+
+    x is what the features read in the base. y is the expert's and the base's final state side by side, or at an
+    earlier layer the expert's state minus the base's.
+    """
+
+    base: LanguageModel
+    expert: Expert
+    probes: tuple[Probes, ...]
+    positions: str  #: `last` or `all`
+    features: Features
+    layer: Place  #: Whose states y is made of
+    train: Gram
+    held: Gram  #: Of every eighth prompt
+    kept: tuple[torch.Tensor, torch.Tensor]  #: x `(m, p)`, y `(m, q)` of held-out rows, m at most 2,048
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """Statistics of both sets of rows.
+
+        Raises:
+            ChassisError: they are of other models, features, positions or layers.
+        """
+        for what in ("base", "expert"):
+            ours, theirs = getattr(self, what), getattr(other, what)
+            if ours.revision != theirs.revision:
+                names = f"{ours.name} ({ours.revision}) and {theirs.name} ({theirs.revision})"
+                raise ChassisError(f"these statistics are of another {what}, {names}: gather both with the same models")
+        for what in ("features", "positions", "layer"):
+            if getattr(self, what) != getattr(other, what):
+                pair = f"{getattr(self, what)} and {getattr(other, what)}"
+                raise ChassisError(f"these statistics are of other {what}, {pair}: gather both alike")
+        kept = tuple(torch.cat(pair)[:KEPT] for pair in zip(self.kept, other.kept, strict=True))
+        sums = {name: getattr(self, name) + getattr(other, name) for name in ("train", "held")}
+        return replace(self, probes=self.probes + other.probes, kept=kept, **sums)
+
+    def __len__(self) -> int:
+        return self.train.n + self.held.n
+
+    @property
+    def gram(self) -> Gram:
+        """All rows."""
+        return self.train + self.held
+
+
+def gather(
+    base: LanguageModel,
+    expert: Expert,
+    probes: Probes,
+    features: Features,
+    positions: str = "all",
+    layer: Place = -1,
+    *,
+    batch_tokens: int = 4096,
+    progress: bool = True,
+) -> Statistics:
+    """One pass of both models, no deeper than needed; batch by batch the rows are added up and forgotten.
+
+    The base runs with its edits, if it has any; a synthetic expert always follows the bare base. `positions` is `last`
+    or `all`; `layer` is the one whose states are the target, negative from the last.
+
+    Raises:
+        ChassisError: statistics that do not fit into memory (before anything is run), a single prompt, values that are
+            not finite, or models whose states at `layer` cannot be subtracted.
+    """
+    layer = base.layer_number(layer)
+    if positions not in ("last", "all"):
+        raise ChassisError(f"positions = '{positions}': choose last or all")
+    if layer != base.num_layers and not same_shape(base, expert):
+        raise ChassisError(f"{expert.name} has no layer {layer} of the size of {base.name}'s: only the final one")
+    ids, _ = checked_ids(base, expert, probes)
+    fold = min(FOLD, len(ids))
+    if fold < 2:
+        raise ChassisError(
+            f"'{probes.name}' has one prompt, and every eighth is held out to choose by: give two or more"
+        )
+    p, q = sum(features.sizes(base)), base.hidden_size
+    q += expert.readout.weight.shape[1] if layer == base.num_layers else 0
+    _check_memory(p, q)
+    train, held = (Gram.zeros(p, q, base.device) for _ in range(2))
+    lengths = [len(one) if positions == "all" else 1 for one in ids]
+    every, passed = -(-sum(lengths[fold - 1 :: fold]) // KEPT), 0
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    bar = tqdm(total=len(ids), desc=f"{base.name} and {expert.name}, layer {layer}", disable=not progress, leave=False)
+    for batch in _batches(dict(enumerate(map(len, ids))), batch_tokens):
+        tokens, mask = _padded([ids[i] for i in batch])
+        real = mask.bool()
+        if positions == "last":
+            real &= mask.cumsum(1) == mask.sum(1, keepdim=True)
+        prompt = torch.tensor(batch)[:, None].expand_as(real)[real].to(base.device)
+        hidden = {place: state[real] for place, state in base.states(tokens, mask, _places(features, layer)).items()}
+        if isinstance(expert, LanguageModel):
+            theirs = expert.states(tokens, mask, [layer if layer != base.num_layers else expert.num_layers])
+            target = next(iter(theirs.values()))[real].to(base.device)
+        else:
+            bare = hidden if not base.edits else {layer: base.bare.states(tokens, mask)[layer][real]}
+            target = expert.transform(bare[layer])
+        x, own = features(hidden), hidden[layer]
+        y = torch.cat([target, own], dim=1) if layer == base.num_layers else target - own
+        if not (good := torch.isfinite(x).all(1) & torch.isfinite(y).all(1)).all():
+            where = f"prompt {int(prompt[~good][0])} of '{probes.name}'"
+            both = f"{base.name} or {expert.name}"
+            raise ChassisError(f"{both} gives NaN or infinity on {where}: try dtype float32, or leave that prompt out")
+        out = prompt % fold == fold - 1
+        train.update(x[~out], y[~out])
+        held.update(x[out], y[out])
+        some = slice(-passed % every, None, every)
+        passed += int(out.sum())
+        kept.append((x[out][some].cpu(), y[out][some].cpu()))
+        bar.update(len(batch))
+    bar.close()
+    rows = torch.cat([x for x, _ in kept]), torch.cat([y for _, y in kept])
+    return Statistics(base, expert, (probes,), positions, features, layer, train, held, rows)
+
+
+def same_shape(base: LanguageModel, expert: Expert) -> bool:
+    """Whether the expert has the base's layers and hidden size, so that states can be subtracted layer by layer."""
+    alike = isinstance(expert, LanguageModel) and expert.num_layers == base.num_layers
+    return alike and expert.hidden_size == base.hidden_size
+
+
+def _places(features: Features, layer: Place) -> list[Place]:
+    return [*dict.fromkeys([*features.places, layer])]
+
+
+def _check_memory(p: int, q: int) -> None:
+    """Before anything is run: two sets of sums, their total, and a copy to solve with."""
+    wanted = 8 * (4 * p * (p + q) + 2 * KEPT * (p + q))
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if wanted > 0.8 * free:
+        sizes = f"{wanted / 2**30:.1f} GiB of statistics on a machine of {free / 2**30:.1f} GiB"
+        raise ChassisError(f"{p:,} features need {sizes}: read fewer places, or fewer random features")
