@@ -65,9 +65,10 @@ def evaluate(
     """Compare adapted bases with the expert, one row per adapter and probe set, and one for the bare base.
 
     One adapter or several are judged from the same forward passes, on probe sets (harvested at `positions`, `last` or
-    `all`; `all` for real text unless given) or on activations of them already harvested (no forward pass then). The
-    identity is always the bare base: where the base (or its states) were edited, `bare` holds activations of the bare
-    one on the same probes, in the same order, harvested if not given. `allow_overlap` accepts prompts that the adapter
+    `all`; `all` for real text unless given) or on activations of them already harvested (no forward pass then, unless
+    an adapter edits the base on its way or reads a block). The identity is always the bare base: where the base (or its
+    states) were edited, `bare` holds activations of the bare one on the same probes, in the same order, harvested if
+    not given. `allow_overlap` accepts prompts that the adapter
     was fitted on, outside the split `train`.
 
     Returns:
@@ -106,10 +107,10 @@ def evaluate(
         if plain.base.edits or plain.probes.digest != given.probes.digest or len(plain) != len(given):
             raise ChassisError(f"bare[{place}] is not the bare base on '{given.probes.name}': give the same order")
         for edits, several in groups.items():
-            if edits:
-                port, wanted = base.edited(*several[0].edits), _places(several)
+            here, wanted = given, _places(several)
+            if edits or any(isinstance(place, str) and place not in given.hidden for place in wanted):
+                port = base.edited(*several[0].edits) if edits else base
                 here = harvest(port, expert, given.probes, given.positions, wanted, progress=False)
-            here = here if edits else given
             found = _evaluate(here, several, plain.hidden[plain.final], allow_overlap)
             rows += found[1:] if edits else found
     return pd.DataFrame(rows)

@@ -12,7 +12,7 @@ import torch
 from torch.linalg import vecdot
 
 from .activations import Activations
-from .adapter import Adapter
+from .adapter import Adapter, heads
 from .errors import ChassisError
 
 #: (training rows, starting adapter, steps, step size) to the adapter after each step.
@@ -37,6 +37,7 @@ class _Rows:
         self.with_one = torch.cat([self.x, torch.ones_like(self.x[:, :1])], dim=1)  # for the bias
         self.base = a.base.readout(a.hidden[a.final].to(device))
         self.p = a.expert.readout(a.expert_hidden.to(device)).softmax(-1)
+        self.both = heads(a)[0]
         self.entropy = float(torch.special.entr(self.p.double()).sum())
 
     def kl(self, logits: torch.Tensor) -> float:
@@ -60,8 +61,9 @@ def refine(
         start: where to begin: an adapter of logits at the final layer.
         how: `adam` (as the study did: KL by Adam on U, log S, V, d, batches of 32; a step is an epoch), `bohning`
             (majorise and minimise: a ridge solve on one Cholesky factor, the KL never rises), `accelerated` (the same
-            with Nesterov's momentum, thrown away whenever the KL would rise) or `lbfgs` (towards the optimum of all
-            linear maps of what the adapter reads, in the metric of the data and of the KL).
+            with Nesterov's momentum, thrown away whenever the KL would rise) `lbfgs` (towards the optimum of all
+            linear maps of what the adapter reads) or `span` (the same among maps through the heads of base and expert,
+            the family of the closed form).
         steps: how many.
         rate: Adam's step size; the others need none.
 
@@ -134,31 +136,35 @@ def _bohning(rows: _Rows, start: Adapter, steps: int, rate: float, momentum: boo
         yield _from_dense(start, here)
 
 
-def _lbfgs(rows: _Rows, start: Adapter, steps: int, rate: float) -> Iterator[Adapter]:
+def _lbfgs(rows: _Rows, start: Adapter, steps: int, rate: float, span: bool = False) -> Iterator[Adapter]:
     x = rows.with_one
     # In the data's own metric every direction counts alike, and the search needs far fewer steps.
     values, vectors = torch.linalg.eigh(x.double().T @ x.double() / len(x))
     root = values.clamp(min=1e-9 * float(values.max())).sqrt()
     z = (x.double() @ (vectors / root)).float()
-    # So it does among the columns when each is as large as the KL is curved along it.
-    curved = (rows.p * (1 - rows.p)).double().mean(0)
-    columns = curved.clamp(min=1e-6 * float(curved.mean())).sqrt()
-    theta = (root[:, None] * (vectors.T @ rows.dense(start)) * columns).requires_grad_()
+    theta = root[:, None] * (vectors.T @ rows.dense(start))
+    basis = None
+    if span:
+        # Orthonormal rows that span both heads: where the closed form lies, and far fewer numbers than all columns.
+        _, size, basis = torch.linalg.svd(rows.both.to(x.device), full_matrices=False)
+        basis = basis[size > 1e-6 * size.max()]
+        theta = theta @ basis.T
+    theta.requires_grad_()
     optimizer = torch.optim.LBFGS([theta], max_iter=1, history_size=10, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
         # Sums are long and the line search compares small differences: float64 for both.
-        logits = rows.base + z @ (theta / columns).float()
-        value = -vecdot(rows.p, logits.log_softmax(-1)).double().mean()
+        change = z @ theta.float() if basis is None else (z @ theta.float()) @ basis.float()
+        value = -vecdot(rows.p, (rows.base + change).log_softmax(-1)).double().mean()
         value.backward()
         return value
 
     for _ in range(steps):
         optimizer.step(loss)
         with torch.no_grad():
-            there = _from_dense(start, (vectors / root) @ (theta / columns))
-            yield replace(there, info=start.info | {"gradient": float(theta.grad.norm())})
+            whole = (vectors / root) @ (theta if basis is None else theta @ basis)
+            yield replace(_from_dense(start, whole), info=start.info | {"gradient": float(theta.grad.norm())})
 
 
 REFINERS: dict[str, Refiner] = {
@@ -166,4 +172,5 @@ REFINERS: dict[str, Refiner] = {
     "bohning": _bohning,
     "accelerated": lambda *settings: _bohning(*settings, momentum=True),
     "lbfgs": _lbfgs,
+    "span": lambda *settings: _lbfgs(*settings, span=True),
 }

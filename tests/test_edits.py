@@ -19,8 +19,14 @@ class Push:
     by: torch.Tensor
     revision: str = "push"
 
-    def delta(self, state: torch.Tensor) -> torch.Tensor:
-        return self.by.expand_as(state)
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+    changes = property(lambda self: self.layer)
+
+    def correction(self, hidden: dict[int | str, torch.Tensor]) -> torch.Tensor:
+        return self.by.expand_as(hidden[self.layer])
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
