@@ -6,10 +6,12 @@ A figure carries its data and controls in its own JSON: it can be played with on
 from __future__ import annotations
 
 import html
+import json
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,44 +21,16 @@ import plotly.io as pio
 from chassis_utils.errors import ChassisError
 from chassis_utils.records import SPLITS
 
-GREY = "#7F868D"
-# Okabe and Ito's hues and a few between them, all moved to a contrast of 3 on white and on black.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#C66B9C", "#A87900", "#3A93C4", "#7B6CD9", "#5F8A1F", "#4E858C", "#8F7A5E")
-SPARE = ("#C4554D", "#B454C0", "#5B7FA6")
+STYLES = json.loads(Path(__file__).with_name("styles.json").read_text(encoding="utf-8"))
+# Okabe and Ito's hues and a few between them, all moved to a contrast of 3 on white and on black. The last three are
+# for methods that have no style of their own, and for figures that run out of the others.
+*_COLOURS, GREY = STYLES["colours"].values()
+PALETTE, SPARE = _COLOURS[:10], _COLOURS[10:]
 # method -> (label, colour, marker, dash). A method keeps its colour whatever it was fitted on, and the study's own
 # figures share the colour of their reproduction.
 METHODS: dict[str, tuple[str, str, str, str]] = {
-    "identity": ("identity (no adapter)", GREY, "line-ew", "dash"),
-    "reported": ("reported by the study", PALETTE[1], "diamond-open", "dot"),
-    "as_reported": ("reproduced", PALETTE[1], "diamond", "solid"),
-    "v1": ("v1", PALETTE[4], "triangle-up", "solid"),
-    "v1_normed": ("v1 after the final norm", PALETTE[4], "triangle-down", "dashdot"),
-    "ridge": ("ridge", PALETTE[0], "circle", "solid"),
-    "rrr": ("reduced rank", PALETTE[2], "square", "solid"),
-    "hidden": ("hidden-state difference", PALETTE[6], "hexagon", "solid"),
-    "aligned": ("aligned hidden state", PALETTE[7], "cross", "solid"),
-    "projected": ("projected hidden state", PALETTE[8], "pentagon", "solid"),
-    "lens": ("lens", PALETTE[3], "x", "solid"),
-    "logit_lens": ("logit lens", PALETTE[9], "bowtie", "solid"),
-    "exact": ("exact", PALETTE[5], "star", "solid"),
-    "bohning": ("Böhning", PALETTE[0], "star-diamond", "solid"),
-    "accelerated": ("Böhning, accelerated", PALETTE[7], "diamond-tall", "solid"),
-    "adam": ("Adam, best step size", PALETTE[3], "diamond-cross", "solid"),
-    "lbfgs": ("L-BFGS", PALETTE[2], "hexagram", "solid"),
-    "descent": ("edit on the way", PALETTE[6], "hexagon2", "solid"),
-    "descent_rrr": ("edit on the way, then reduced rank", PALETTE[0], "square-cross", "solid"),
-    "descent_stack": ("edits at several layers", SPARE[1], "hexagon2", "dot"),
-    "descent_rrr_stack": ("edits at several layers, then reduced rank", PALETTE[5], "square-cross", "dot"),
-    "closed_adam": ("Adam from reduced rank", PALETTE[6], "diamond-x", "solid"),
-    "matched": ("expert's own states, layer by layer", PALETTE[9], "diamond-wide", "solid"),
-    "without_middle": ("last layer only", PALETTE[8], "star-square", "solid"),
-    "pseudo_inverse": ("pseudo-inverse", PALETTE[0], "circle-cross", "solid"),
-    "rrr_hidden": ("reduced rank, as a change of state", PALETTE[2], "circle-dot", "longdash"),
-}
-for _name in ("v1", "ridge", "rrr", "lens"):
-    _label, _colour, _marker, _ = METHODS[_name]
-    METHODS[f"{_name}_text"] = f"{_label}, fitted on text", _colour, f"{_marker}-open", "longdash"
-    METHODS[f"{_name}_template"] = f"{_label}, fitted on templates", _colour, _marker, "dashdot"
+    name: (label, STYLES["colours"][colour], marker, dash)
+    for name, (label, colour, marker, dash) in STYLES["methods"].items()}
 STUDY = ("method", "rank", "layer", "split", "kl")
 COLUMNS = (*STUDY, "n", "kl_identity", "recovered", "bits_per_byte")
 _HOVER = ("<b>%{fullData.name}</b>, %{meta[2]}<br>PLACE<br>KL %{customdata[0]:.3g}, identity %{customdata[1]:.3g}<br>"
@@ -65,28 +39,8 @@ _HOVER = ("<b>%{fullData.name}</b>, %{meta[2]}<br>PLACE<br>KL %{customdata[0]:.3
 KL_FLOOR = 1e-9
 # label -> (column, y axis: type, title, tick format). Scale and quantity are one choice, as a log axis has no place
 # for a negative share.
-QUANTITIES: dict[str, tuple[str, str, str, str]] = {
-    "KL (log)": ("kl", "log", "KL to the expert (nats)", ""),
-    "KL (linear)": ("kl", "linear", "KL to the expert (nats)", ""),
-    "recovered": ("recovered", "linear", "share of KL recovered", ".0%"),
-    "bits/byte": ("bits_per_byte", "linear", "bits per byte", ""),
-}
-_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-_AXIS = {"gridcolor": "rgba(128,128,128,0.22)", "zeroline": False, "linecolor": "rgba(128,128,128,0.5)",
-         "showline": True, "exponentformat": "e", "automargin": True, "title": {"standoff": 8}}
-template = go.layout.Template(layout={
-    "font": {"family": _FONT, "size": 12, "color": "#767676"},
-    "title": {"x": 0, "xref": "container", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top",
-              "pad": {"t": 10, "l": 8}, "font": {"size": 14}},
-    "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "hovermode": "closest", "dragmode": False,
-    "height": 420, "margin": {"l": 48, "r": 12, "t": 48, "b": 40}, "xaxis": _AXIS, "yaxis": _AXIS,
-    "hoverlabel": {"bgcolor": "#FFFFFF", "bordercolor": GREY, "align": "left",
-                   "font": {"family": _FONT, "size": 12, "color": "#1F2328"}},
-    "legend": {"orientation": "h", "x": 0, "xref": "container", "xanchor": "left", "y": 0, "yref": "container",
-               "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)", "itemwidth": 30, "font": {"size": 11}},
-    "modebar": {"remove": ["pan", "select", "lasso", "zoomIn", "zoomOut", "autoScale", "sendChartToCloud"],
-                "bgcolor": "rgba(0,0,0,0)", "color": "#9AA0A6", "activecolor": "#767676"},
-})
+QUANTITIES: dict[str, tuple[str, str, str, str]] = {name: tuple(spec) for name, spec in STYLES["quantities"].items()}
+template = go.layout.Template(layout=STYLES["template"])
 pio.templates["chassis"] = template
 
 
