@@ -31,7 +31,6 @@ class Profile:
 
     name: str
     root: Path  # the project: holds `notebooks/`, `_toc.yml` and `book/`
-    description: str
     defaults: dict[str, Any]  # given to the notebooks that declare them
     notebooks: dict[str, dict[str, Any]]  # stem -> its own values, in the order they run
 
@@ -42,11 +41,7 @@ class Profile:
 
 
 def find_root() -> Path:
-    """The project that the working folder lies in, else the one this package lies in.
-
-    Raises:
-        ChassisError: there is neither.
-    """
+    """The project that the working folder lies in, else the one this package lies in; ChassisError without either."""
     for folder in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1]):
         if (folder / _PROFILES).is_file():
             return folder
@@ -70,9 +65,8 @@ def load_profile(name: str, path: str | Path | None = None) -> Profile:
     if block.keys() != {"description", "defaults", "notebooks"}:
         raise ChassisError(f"profile {name!r} in {path} must hold a description, defaults and notebooks, and no more")
     own = {stem: values or {} for stem, values in block["notebooks"].items()}
-    for values in (block["defaults"], *own.values()):
-        _known(values)
-    return Profile(name, path.parents[1], block["description"], block["defaults"], own)
+    _known([*block["defaults"], *(key for values in own.values() for key in values)])
+    return Profile(name, path.parents[1], block["defaults"], own)
 
 
 def _line(error: BaseException | str) -> str:

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
+
 from . import __version__
 from .errors import ChassisError
 
 
 def _setting(text: str) -> tuple[str, Any]:
     """`key=value`, the value read as YAML: `ranks=[1, 2]` is a list of integers."""
-    import yaml
-
     key, equals, value = text.partition("=")
     try:
         parsed = yaml.safe_load(value)

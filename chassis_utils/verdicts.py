@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -83,13 +83,82 @@ class Evidence:
 
 #: Whether the claim holds, and if not, whether it is an artefact.
 Decision = tuple[bool, bool]
-Decide = Callable[[Evidence], Decision]
-RULES: dict[str, Decide] = {}
 
 
-def rule(experiment: str) -> Callable[[Decide], Decide]:
-    """Register what decides an experiment as its rule in `experiments.json` tells it."""
-    return lambda decide: RULES.setdefault(experiment, decide)
+class _Rules(Evidence):
+    """What decides an experiment, under its name: the rule that `experiments.json` tells."""
+
+    def exact_adapter(self) -> Decision:
+        splits, rank = ("val", *HELD_OUT), self.frame.loc[self.frame["method"] == "exact", "rank"].max()
+        identity = self.each("kl", "identity", splits)
+        both = [self.each("kl", method, splits, rank=rank) for method in ("exact", "hidden")]
+        given, solved = ([x / y for x, y in zip(kl, identity, strict=True)] for kl in both)
+        return max(given + solved) <= 1e-6, max(given) > 0.5
+
+    def global_hidden_alignment(self) -> Decision:
+        shares = self.top("as_reported")
+        return min(shares) >= 0.9, shares[0] >= 0.9
+
+    def projected_hidden_alignment(self) -> Decision:
+        projected, whole = self.top("as_reported"), self.top("aligned")
+        return whole[0] < 0, max(projected) < 0 and min(whole) >= 0.9
+
+    def layerwise_tuned_lens(self) -> Decision:
+        layers = self.inner_layers()
+        test, *others = ([self.all("kl", "as_reported", split=s, layer=layer)[0] for layer in layers] for s in HELD_OUT)
+        ratios = [sorted(x / y for x, y in zip(kl, test, strict=True)) for kl in others]
+        return all(r[-1] <= 5 for r in ratios), all(r[len(r) // 2] > 5 for r in ratios)
+
+    def final_adapter_rank_sweep(self) -> Decision:
+        if min(self.top("as_reported")) >= 0.9:
+            return True, False
+        v1 = self.top("as_reported", "test") + self.top("v1_text", "text")
+        mended = self.top("rrr", "test") + self.top("rrr_text", "text")
+        return False, max(v1) < 0.1 and all(b > a for a, b in zip(v1, mended, strict=True))
+
+    def multi_layer_rank_sweep(self) -> Decision:
+        layers = self.inner_layers()
+        v1 = [share for layer in layers for share in self.top("as_reported", layer=layer)]
+        test = [self.top("rrr", "test", layer=layer)[0] for layer in layers]
+        text = [self.top("rrr_text", "text", layer=layer)[0] for layer in layers]
+        return max(text) < 0, max(v1) < 0 and min(test + text) > 0
+
+    def stacked_adapters(self) -> Decision:
+        real = [x for x in self.frame["expert"].dropna().unique() if not x.startswith("synthetic")]
+        low, high = (self.all("recovered", "gain_stack", end, expert=real, split="text")[0] for end in ("low", "high"))
+        whole, without = (self.each("kl", method) for method in ("as_reported", "without_middle"))
+        idle = all(abs(x - y) <= 1e-9 * x for x, y in zip(whole, without, strict=True))
+        transposed, inverted = (self.all("recovered", m, split="test")[0] for m in ("as_reported", "pseudo_inverse"))
+        return high <= 0, low > 0 and idle and inverted > transposed
+
+    def hidden_to_hidden(self) -> Decision:
+        self.all("kl", "exact", split="test")
+        own = self.frame[self.frame["method"] == "exact"].iloc[0]
+        left = [1 - share for share in self.each("recovered", "hidden", rank=own["rank"], expert=own["expert"])]
+        doubled, once = (self.top(method, "test", expert=own["expert"])[0] for method in ("as_reported", "aligned"))
+        return left[0] > 0.5, max(left) <= 1e-6 and doubled < 0 and once >= 0.9
+
+    def gradient_refinement(self) -> Decision:
+        names = ("rrr", "closed_adam_1e-06_first", "closed_adam_1e-02_first")
+        begin, gentle, studys = (1 - self.all("recovered", m, split="train")[0] for m in names)
+        rise = self.all("ratio", "bohning", split="train")[0]
+        return begin <= 1e-4 and gentle > 0.01, begin <= 1e-4 and studys > 0.01 and rise <= 1
+
+    def comparison(self) -> Decision:
+        kinds = ("as_reported", "mended")
+        faulty, mended = ([self.all("recovered", f"{kind}_{m}", split="test")[0] for m in "abc"] for kind in kinds)
+        ahead = mended[0] - max(mended[1:]) > 0.1
+        return ahead and faulty[0] > max(faulty[1:]), mended[0] - min(mended[1:]) <= 0.1
+
+    def stress_test(self) -> Decision:
+        table = self.frame[self.frame["method"] == "as_reported"]
+        where = {"split": "test", "rank": table["rank"].max()} | {k: [*set(table[k])] for k in ("base", "expert")}
+        self.all("kl", "as_reported", **where)
+        v1, mended = (self.all("recovered", method, **where) for method in ("v1", "rrr"))
+        return min(v1) >= 0.9, max(v1) < 0.1 and min(mended) >= 0.5 and len(v1) == len(mended)
+
+
+RULES = {name: decide for name, decide in vars(_Rules).items() if name in EXPERIMENTS}
 
 
 def judge(records: str | Path | pd.DataFrame, experiment: str) -> Verdict:
@@ -106,7 +175,7 @@ def judge(records: str | Path | pd.DataFrame, experiment: str) -> Verdict:
         raise ChassisError(f"no rule decides '{experiment}': there are rules for {', '.join(RULES)}")
     frame = records if isinstance(records, pd.DataFrame) else read_records(records)
     claim, text = (EXPERIMENTS[experiment][part] for part in ("claim", "rule"))
-    evidence = Evidence(frame[frame["experiment"] == experiment])
+    evidence = _Rules(frame[frame["experiment"] == experiment])
     try:
         holds, artefact = RULES[experiment](evidence)
         verdict = "holds" if holds else "artefact" if artefact else "open"
@@ -126,94 +195,3 @@ def write(run_dir: str | Path) -> list[Verdict]:
         told = {v.experiment: {k: x for k, x in asdict(v).items() if k != "experiment"} for v in verdicts}
         replace_text(folder / FILE, json.dumps(told, indent=1, default=str) + "\n")
     return verdicts
-
-
-@rule("exact_adapter")
-def _(e: Evidence) -> Decision:
-    splits, rank = ("val", *HELD_OUT), e.frame.loc[e.frame["method"] == "exact", "rank"].max()
-    identity = e.each("kl", "identity", splits)
-    both = [e.each("kl", method, splits, rank=rank) for method in ("exact", "hidden")]
-    given, solved = ([x / y for x, y in zip(kl, identity, strict=True)] for kl in both)
-    return max(given + solved) <= 1e-6, max(given) > 0.5
-
-
-@rule("global_hidden_alignment")
-def _(e: Evidence) -> Decision:
-    shares = e.top("as_reported")
-    return min(shares) >= 0.9, shares[0] >= 0.9
-
-
-@rule("projected_hidden_alignment")
-def _(e: Evidence) -> Decision:
-    projected, whole = e.top("as_reported"), e.top("aligned")
-    return whole[0] < 0, max(projected) < 0 and min(whole) >= 0.9
-
-
-@rule("layerwise_tuned_lens")
-def _(e: Evidence) -> Decision:
-    layers = e.inner_layers()
-    test, *others = ([e.all("kl", "as_reported", split=s, layer=layer)[0] for layer in layers] for s in HELD_OUT)
-    ratios = [sorted(x / y for x, y in zip(kl, test, strict=True)) for kl in others]
-    return all(r[-1] <= 5 for r in ratios), all(r[len(r) // 2] > 5 for r in ratios)
-
-
-@rule("final_adapter_rank_sweep")
-def _(e: Evidence) -> Decision:
-    if min(e.top("as_reported")) >= 0.9:
-        return True, False
-    v1 = e.top("as_reported", "test") + e.top("v1_text", "text")
-    mended = e.top("rrr", "test") + e.top("rrr_text", "text")
-    return False, max(v1) < 0.1 and all(b > a for a, b in zip(v1, mended, strict=True))
-
-
-@rule("multi_layer_rank_sweep")
-def _(e: Evidence) -> Decision:
-    layers = e.inner_layers()
-    v1 = [share for layer in layers for share in e.top("as_reported", layer=layer)]
-    test = [e.top("rrr", "test", layer=layer)[0] for layer in layers]
-    text = [e.top("rrr_text", "text", layer=layer)[0] for layer in layers]
-    return max(text) < 0, max(v1) < 0 and min(test + text) > 0
-
-
-@rule("stacked_adapters")
-def _(e: Evidence) -> Decision:
-    real = [x for x in e.frame["expert"].dropna().unique() if not x.startswith("synthetic")]
-    low, high = (e.all("recovered", "gain_stack", end, expert=real, split="text")[0] for end in ("low", "high"))
-    whole, without = (e.each("kl", method) for method in ("as_reported", "without_middle"))
-    idle = all(abs(x - y) <= 1e-9 * x for x, y in zip(whole, without, strict=True))
-    transposed, inverted = (e.all("recovered", m, split="test")[0] for m in ("as_reported", "pseudo_inverse"))
-    return high <= 0, low > 0 and idle and inverted > transposed
-
-
-@rule("hidden_to_hidden")
-def _(e: Evidence) -> Decision:
-    e.all("kl", "exact", split="test")
-    own = e.frame[e.frame["method"] == "exact"].iloc[0]
-    left = [1 - share for share in e.each("recovered", "hidden", rank=own["rank"], expert=own["expert"])]
-    doubled, once = (e.top(method, "test", expert=own["expert"])[0] for method in ("as_reported", "aligned"))
-    return left[0] > 0.5, max(left) <= 1e-6 and doubled < 0 and once >= 0.9
-
-
-@rule("gradient_refinement")
-def _(e: Evidence) -> Decision:
-    names = ("rrr", "closed_adam_1e-06_first", "closed_adam_1e-02_first")
-    begin, gentle, studys = (1 - e.all("recovered", m, split="train")[0] for m in names)
-    rise = e.all("ratio", "bohning", split="train")[0]
-    return begin <= 1e-4 and gentle > 0.01, begin <= 1e-4 and studys > 0.01 and rise <= 1
-
-
-@rule("comparison")
-def _(e: Evidence) -> Decision:
-    kinds = ("as_reported", "mended")
-    faulty, mended = ([e.all("recovered", f"{kind}_{m}", split="test")[0] for m in "abc"] for kind in kinds)
-    ahead = mended[0] - max(mended[1:]) > 0.1
-    return ahead and faulty[0] > max(faulty[1:]), mended[0] - min(mended[1:]) <= 0.1
-
-
-@rule("stress_test")
-def _(e: Evidence) -> Decision:
-    table = e.frame[e.frame["method"] == "as_reported"]
-    where = {"split": "test", "rank": table["rank"].max()} | {k: [*set(table[k])] for k in ("base", "expert")}
-    e.all("kl", "as_reported", **where)
-    v1, mended = (e.all("recovered", method, **where) for method in ("v1", "rrr"))
-    return min(v1) >= 0.9, max(v1) < 0.1 and min(mended) >= 0.5 and len(v1) == len(mended)
