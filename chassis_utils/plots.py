@@ -255,13 +255,9 @@ def kl_vs_step(courses: pd.DataFrame, identity: float, title: str = "KL to the e
                alt: str | None = None, x: str = "step", log_seconds: bool = False) -> go.Figure:
     """KL on the training rows against step or seconds, one line a method; `identity` dashed, the bare base's KL there.
 
-    Args:
-        courses: columns `method, step, kl, seconds`, as `refine` returns them; a method of one row is a large marker.
-        identity: in nats.
-        title: what the figure shows.
-        alt: alternative text; written from the figures if not given.
-        x: what is shown first, "step" or "seconds".
-        log_seconds: seconds on a log axis, where what took none is drawn at the shortest time of all.
+    `courses` has the columns `method, step, kl, seconds`, as `refine` returns them; a method of one row is a large
+    marker. `x`, "step" or "seconds", is shown first. With `log_seconds` their axis is a log one, and what took no time
+    is drawn at the shortest time of all.
 
     Raises:
         ChassisError: an `x` of another name.
