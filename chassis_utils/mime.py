@@ -18,7 +18,6 @@ from docutils import nodes
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 MARK = 'class="chassis-plot"'
 SORTABLE = 'class="dataframe sortable"'
-DEFAULT_HEIGHT = 440  # pixels
 
 
 class PlotlyRenderer:
@@ -43,7 +42,7 @@ def figure_html(figure: dict[str, Any]) -> str:
     meta, title = layout.get("meta"), layout.get("title")
     name = (meta.get("alt") if isinstance(meta, dict) else "") or (title.get("text") if isinstance(title, dict) else "")
     label = html.escape(" ".join(re.sub(r"<[^>]*>", " ", name or "Interactive figure").split()))
-    height = layout.get("height") or layout.get("template", {}).get("layout", {}).get("height") or DEFAULT_HEIGHT
+    height = layout.get("height") or layout.get("template", {}).get("layout", {}).get("height") or 440  # pixels
     parts = {"data": figure.get("data", []), "layout": layout, "frames": figure.get("frames", [])}
     # With no "<" in the script element, no string of the figure can close it.
     payload = json.dumps(parts).replace("<", "\\u003c")
@@ -70,9 +69,8 @@ def glue_figure(name: str, figure: Any) -> None:
 
 def _add_scripts(app: Any, config: Any) -> None:
     """Put plotly and the scripts that draw figures and sort tables among the site's static files."""
-    scripts = [files("plotly") / "package_data" / "plotly.min.js"]
-    scripts += [files("chassis_utils") / name for name in ("figures.js", "tables.js")]
-    config.html_static_path += map(str, scripts)
+    own = [files("chassis_utils") / name for name in ("figures.js", "tables.js")]
+    config.html_static_path += map(str, [files("plotly") / "package_data" / "plotly.min.js", *own])
 
 
 def _quote_run(app: Any, page: str, source: list[str]) -> None:

@@ -33,15 +33,13 @@ METHODS: dict[str, tuple[str, str, str, str]] = {
     for name, (label, colour, marker, dash) in STYLES["methods"].items()}
 STUDY = ("method", "rank", "layer", "split", "kl")
 COLUMNS = (*STUDY, "n", "kl_identity", "recovered", "bits_per_byte")
-_HOVER = ("<b>%{fullData.name}</b>, %{meta[2]}<br>PLACE<br>KL %{customdata[0]:.3g}, identity %{customdata[1]:.3g}<br>"
-          "recovered %{customdata[2]:.1%}, n = %{customdata[3]}<extra></extra>")
+_HOVER = STYLES["hover"]
 # KL of an exact adapter is rounding noise, at times 0, which a log axis would drop: it is drawn here instead.
 KL_FLOOR = 1e-9
 # label -> (column, y axis: type, title, tick format). Scale and quantity are one choice, as a log axis has no place
 # for a negative share.
 QUANTITIES: dict[str, tuple[str, str, str, str]] = {name: tuple(spec) for name, spec in STYLES["quantities"].items()}
-template = go.layout.Template(layout=STYLES["template"])
-pio.templates["chassis"] = template
+pio.templates["chassis"] = template = go.layout.Template(layout=STYLES["template"])
 
 
 def style(method: str) -> tuple[str, str, str, str]:
