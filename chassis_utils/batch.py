@@ -31,7 +31,6 @@ class Profile:
 
     name: str
     root: Path  # the project: holds `notebooks/`, `_toc.yml` and `book/`
-    description: str
     defaults: dict[str, Any]  # given to the notebooks that declare them
     notebooks: dict[str, dict[str, Any]]  # stem -> its own values, in the order they run
 
@@ -41,25 +40,19 @@ class Profile:
         return self.root / "book" / "run" / self.name
 
 
-def find_root() -> Path:
-    """The project that the working folder lies in, else the one this package lies in.
-
-    Raises:
-        ChassisError: there is neither.
-    """
-    for folder in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1]):
-        if (folder / _PROFILES).is_file():
-            return folder
-    raise ChassisError(f"no {_PROFILES} here or above {Path.cwd()}: run from inside a clone of the project")
-
-
 def load_profile(name: str, path: str | Path | None = None) -> Profile:
-    """Read the block `name` of a `<project>/notebooks/profiles.yml`, by default that of `find_root`.
+    """Read the block `name` of a `<project>/notebooks/profiles.yml`.
+
+    Unless given, it is that of the project that the working folder lies in, else of the one this package lies in.
 
     Raises:
-        ChassisError: no such profile (the message lists them), or a file that is no profiles file.
+        ChassisError: no such profile (the message lists them), no profiles file, or one of another layout.
     """
-    path = (find_root() / _PROFILES if path is None else Path(path)).resolve()
+    roots = (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1])
+    path = path or next((root / _PROFILES for root in roots if (root / _PROFILES).is_file()), None)
+    if path is None:
+        raise ChassisError(f"no {_PROFILES} here or above {Path.cwd()}: run from inside a clone of the project")
+    path = Path(path).resolve()
     try:
         blocks = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -70,9 +63,8 @@ def load_profile(name: str, path: str | Path | None = None) -> Profile:
     if block.keys() != {"description", "defaults", "notebooks"}:
         raise ChassisError(f"profile {name!r} in {path} must hold a description, defaults and notebooks, and no more")
     own = {stem: values or {} for stem, values in block["notebooks"].items()}
-    for values in (block["defaults"], *own.values()):
-        _known(values)
-    return Profile(name, path.parents[1], block["description"], block["defaults"], own)
+    _known([*block["defaults"], *(key for values in own.values() for key in values)])
+    return Profile(name, path.parents[1], block["defaults"], own)
 
 
 def _line(error: BaseException | str) -> str:
@@ -88,13 +80,6 @@ def _known(keys: Iterable[str]) -> None:
             close = get_close_matches(str(key), allowed, n=1)
             advice = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(allowed)} (or --out)"
             raise ChassisError(f"unknown parameter {key!r}: {advice}")
-
-
-def _fits(value: Any, default: Any) -> bool:
-    """Whether a value has the type of a notebook's default."""
-    if isinstance(default, list):
-        return isinstance(value, list) and bool(value) and all(_fits(v, default[0]) for v in value)
-    return type(value) is type(default)
 
 
 def _declared(source: Path) -> dict[str, Any]:
@@ -122,9 +107,10 @@ def _plan(notebooks: Sequence[str], profile: Profile, settings: Mapping[str, Any
             raise ChassisError(f"profile {profile.name!r} gives {stem} {', '.join(idle)}, which it does not declare")
         values = {k: v for k, v in {**profile.defaults, **own, **settings}.items() if k in declared}
         for key, value in values.items():
-            if not _fits(value, declared[key]):
+            many, usual = (x if isinstance(x, list) else [x] for x in (value, declared[key]))
+            if type(value) is not type(declared[key]) or {*map(type, many)} != {type(usual[0])}:
                 raise ChassisError(f"{key}={value!r} does not fit {stem}: give something like {declared[key]!r}")
-            if key in ("n_train", "ranks") and min(value if isinstance(value, list) else [value]) < 1:
+            if key in ("n_train", "ranks") and min(many) < 1:
                 raise ChassisError(f"{key}={value!r}: numbers of prompts and ranks begin at 1")
         plan[stem] = values | dict.fromkeys({"out_dir"} & {*declared})
         unused -= {*declared}
@@ -209,10 +195,9 @@ def _cause(executed: Path, code: int = 0, told: str = "") -> str | None:
         notebook = json.loads(executed.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return _line(told or "nothing was written")
-    for cell in notebook["cells"]:
-        for output in cell.get("outputs", ()):
-            if output["output_type"] == "error":
-                return f"{output['ename']}: {(output['evalue'].strip().splitlines() or [''])[0]}"
+    outputs = (output for cell in notebook["cells"] for output in cell.get("outputs", ()))
+    if error := next((output for output in outputs if output["output_type"] == "error"), None):
+        return f"{error['ename']}: {(error['evalue'].strip().splitlines() or [''])[0]}"
     state = notebook["metadata"].get("papermill", {})
     ended = not code and not state.get("exception") and state.get("end_time")
     return None if ended else _line(told or "it stopped before its end")

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
+
+from . import __version__
 from .errors import ChassisError
 
 
 def _setting(text: str) -> tuple[str, Any]:
     """`key=value`, the value read as YAML: `ranks=[1, 2]` is a list of integers."""
-    import yaml
-
     key, equals, value = text.partition("=")
     try:
         parsed = yaml.safe_load(value)
@@ -25,11 +26,8 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .records import package_version
-
     parser = argparse.ArgumentParser(prog="chassis", description=__doc__)
-    version = package_version("chassis_utils") or "(not installed)"
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="execute notebooks into book/run/<profile>")
     run.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="such as 01_exact_adapter; none means all")

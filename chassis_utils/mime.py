@@ -10,9 +10,7 @@ import html
 import json
 import os
 import re
-import shutil
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, ClassVar
 
 from docutils import nodes
@@ -20,7 +18,6 @@ from docutils import nodes
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 MARK = 'class="chassis-plot"'
 SORTABLE = 'class="dataframe sortable"'
-DEFAULT_HEIGHT = 440  # pixels
 
 
 class PlotlyRenderer:
@@ -45,7 +42,7 @@ def figure_html(figure: dict[str, Any]) -> str:
     meta, title = layout.get("meta"), layout.get("title")
     name = (meta.get("alt") if isinstance(meta, dict) else "") or (title.get("text") if isinstance(title, dict) else "")
     label = html.escape(" ".join(re.sub(r"<[^>]*>", " ", name or "Interactive figure").split()))
-    height = layout.get("height") or layout.get("template", {}).get("layout", {}).get("height") or DEFAULT_HEIGHT
+    height = layout.get("height") or layout.get("template", {}).get("layout", {}).get("height") or 440  # pixels
     parts = {"data": figure.get("data", []), "layout": layout, "frames": figure.get("frames", [])}
     # With no "<" in the script element, no string of the figure can close it.
     payload = json.dumps(parts).replace("<", "\\u003c")
@@ -70,15 +67,10 @@ def glue_figure(name: str, figure: Any) -> None:
     display({f"{prefix}text/html": page}, raw=True, metadata={"scrapbook": {"name": name, "mime_prefix": prefix}})
 
 
-def _copy_scripts(app: Any) -> None:
-    """Put plotly and the script that draws into the built site."""
-    if app.builder.format != "html":
-        return
-    target = Path(app.outdir) / "_static" / "chassis"
-    target.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(str(files("plotly") / "package_data" / "plotly.min.js"), target / "plotly.min.js")
-    for script in ("figures.js", "tables.js"):
-        shutil.copyfile(str(files("chassis_utils") / script), target / script)
+def _add_scripts(app: Any, config: Any) -> None:
+    """Put plotly and the scripts that draw figures and sort tables among the site's static files."""
+    own = [files("chassis_utils") / name for name in ("figures.js", "tables.js")]
+    config.html_static_path += map(str, [files("plotly") / "package_data" / "plotly.min.js", *own])
 
 
 def _quote_run(app: Any, page: str, source: list[str]) -> None:
@@ -94,15 +86,15 @@ def _load_scripts(app: Any, page: str, template: str, context: dict[str, Any], d
     scripts = context["script_files"]
     scripts[:] = [script for script in scripts if "thebe" not in f"{script.filename} {script.attributes.get('body')}"]
     if MARK in context.get("body", ""):
-        app.add_js_file("chassis/plotly.min.js", loading_method="defer")
-        app.add_js_file("chassis/figures.js", loading_method="defer")
+        app.add_js_file("plotly.min.js", loading_method="defer")
+        app.add_js_file("figures.js", loading_method="defer")
     if SORTABLE in context.get("body", ""):
-        app.add_js_file("chassis/tables.js", loading_method="defer")
+        app.add_js_file("tables.js", loading_method="defer")
 
 
 def setup(app: Any) -> dict[str, bool]:
     """The Sphinx extension: scripts copied once, loaded per page; pages that quote the run that is built."""
-    app.connect("builder-inited", _copy_scripts)
+    app.connect("config-inited", _add_scripts)
     app.connect("source-read", _quote_run)
     app.connect("html-page-context", _load_scripts)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -6,10 +6,12 @@ A figure carries its data and controls in its own JSON: it can be played with on
 from __future__ import annotations
 
 import html
+import json
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,75 +21,25 @@ import plotly.io as pio
 from chassis_utils.errors import ChassisError
 from chassis_utils.records import SPLITS
 
-GREY = "#7F868D"
-# Okabe and Ito's hues and a few between them, all moved to a contrast of 3 on white and on black.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#C66B9C", "#A87900", "#3A93C4", "#7B6CD9", "#5F8A1F", "#4E858C", "#8F7A5E")
-SPARE = ("#C4554D", "#B454C0", "#5B7FA6")
+STYLES = json.loads(Path(__file__).with_name("styles.json").read_text(encoding="utf-8"))
+# Okabe and Ito's hues and a few between them, all moved to a contrast of 3 on white and on black. The last three are
+# for methods that have no style of their own, and for figures that run out of the others.
+*_COLOURS, GREY = STYLES["colours"].values()
+PALETTE, SPARE = _COLOURS[:10], _COLOURS[10:]
 # method -> (label, colour, marker, dash). A method keeps its colour whatever it was fitted on, and the study's own
 # figures share the colour of their reproduction.
 METHODS: dict[str, tuple[str, str, str, str]] = {
-    "identity": ("identity (no adapter)", GREY, "line-ew", "dash"),
-    "reported": ("reported by the study", PALETTE[1], "diamond-open", "dot"),
-    "as_reported": ("reproduced", PALETTE[1], "diamond", "solid"),
-    "v1": ("v1", PALETTE[4], "triangle-up", "solid"),
-    "v1_normed": ("v1 after the final norm", PALETTE[4], "triangle-down", "dashdot"),
-    "ridge": ("ridge", PALETTE[0], "circle", "solid"),
-    "rrr": ("reduced rank", PALETTE[2], "square", "solid"),
-    "hidden": ("hidden-state difference", PALETTE[6], "hexagon", "solid"),
-    "aligned": ("aligned hidden state", PALETTE[7], "cross", "solid"),
-    "projected": ("projected hidden state", PALETTE[8], "pentagon", "solid"),
-    "lens": ("lens", PALETTE[3], "x", "solid"),
-    "logit_lens": ("logit lens", PALETTE[9], "bowtie", "solid"),
-    "exact": ("exact", PALETTE[5], "star", "solid"),
-    "bohning": ("Böhning", PALETTE[0], "star-diamond", "solid"),
-    "accelerated": ("Böhning, accelerated", PALETTE[7], "diamond-tall", "solid"),
-    "adam": ("Adam, best step size", PALETTE[3], "diamond-cross", "solid"),
-    "lbfgs": ("L-BFGS", PALETTE[2], "hexagram", "solid"),
-    "descent": ("edit on the way", PALETTE[6], "hexagon2", "solid"),
-    "descent_rrr": ("edit on the way, then reduced rank", PALETTE[0], "square-cross", "solid"),
-    "descent_stack": ("edits at several layers", SPARE[1], "hexagon2", "dot"),
-    "descent_rrr_stack": ("edits at several layers, then reduced rank", PALETTE[5], "square-cross", "dot"),
-    "closed_adam": ("Adam from reduced rank", PALETTE[6], "diamond-x", "solid"),
-    "matched": ("expert's own states, layer by layer", PALETTE[9], "diamond-wide", "solid"),
-    "without_middle": ("last layer only", PALETTE[8], "star-square", "solid"),
-    "pseudo_inverse": ("pseudo-inverse", PALETTE[0], "circle-cross", "solid"),
-    "rrr_hidden": ("reduced rank, as a change of state", PALETTE[2], "circle-dot", "longdash"),
-}
-for _name in ("v1", "ridge", "rrr", "lens"):
-    _label, _colour, _marker, _ = METHODS[_name]
-    METHODS[f"{_name}_text"] = f"{_label}, fitted on text", _colour, f"{_marker}-open", "longdash"
-    METHODS[f"{_name}_template"] = f"{_label}, fitted on templates", _colour, _marker, "dashdot"
+    name: (label, STYLES["colours"][colour], marker, dash)
+    for name, (label, colour, marker, dash) in STYLES["methods"].items()}
 STUDY = ("method", "rank", "layer", "split", "kl")
 COLUMNS = (*STUDY, "n", "kl_identity", "recovered", "bits_per_byte")
-_HOVER = ("<b>%{fullData.name}</b>, %{meta[2]}<br>PLACE<br>KL %{customdata[0]:.3g}, identity %{customdata[1]:.3g}<br>"
-          "recovered %{customdata[2]:.1%}, n = %{customdata[3]}<extra></extra>")
+_HOVER = STYLES["hover"]
 # KL of an exact adapter is rounding noise, at times 0, which a log axis would drop: it is drawn here instead.
 KL_FLOOR = 1e-9
 # label -> (column, y axis: type, title, tick format). Scale and quantity are one choice, as a log axis has no place
 # for a negative share.
-QUANTITIES: dict[str, tuple[str, str, str, str]] = {
-    "KL (log)": ("kl", "log", "KL to the expert (nats)", ""),
-    "KL (linear)": ("kl", "linear", "KL to the expert (nats)", ""),
-    "recovered": ("recovered", "linear", "share of KL recovered", ".0%"),
-    "bits/byte": ("bits_per_byte", "linear", "bits per byte", ""),
-}
-_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-_AXIS = {"gridcolor": "rgba(128,128,128,0.22)", "zeroline": False, "linecolor": "rgba(128,128,128,0.5)",
-         "showline": True, "exponentformat": "e", "automargin": True, "title": {"standoff": 8}}
-template = go.layout.Template(layout={
-    "font": {"family": _FONT, "size": 12, "color": "#767676"},
-    "title": {"x": 0, "xref": "container", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top",
-              "pad": {"t": 10, "l": 8}, "font": {"size": 14}},
-    "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "hovermode": "closest", "dragmode": False,
-    "height": 420, "margin": {"l": 48, "r": 12, "t": 48, "b": 40}, "xaxis": _AXIS, "yaxis": _AXIS,
-    "hoverlabel": {"bgcolor": "#FFFFFF", "bordercolor": GREY, "align": "left",
-                   "font": {"family": _FONT, "size": 12, "color": "#1F2328"}},
-    "legend": {"orientation": "h", "x": 0, "xref": "container", "xanchor": "left", "y": 0, "yref": "container",
-               "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)", "itemwidth": 30, "font": {"size": 11}},
-    "modebar": {"remove": ["pan", "select", "lasso", "zoomIn", "zoomOut", "autoScale", "sendChartToCloud"],
-                "bgcolor": "rgba(0,0,0,0)", "color": "#9AA0A6", "activecolor": "#767676"},
-})
-pio.templates["chassis"] = template
+QUANTITIES: dict[str, tuple[str, str, str, str]] = {name: tuple(spec) for name, spec in STYLES["quantities"].items()}
+pio.templates["chassis"] = template = go.layout.Template(layout=STYLES["template"])
 
 
 def style(method: str) -> tuple[str, str, str, str]:
@@ -119,12 +71,16 @@ def _measured(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     return frame.astype({name: float for name in columns if name not in ("method", "split")})
 
 
-def _checked(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str], dict[str, float]]:
-    """The frame, its methods beside identity in the order of `METHODS`, and the identity KL by split, in nats."""
-    frame = _measured(frame, COLUMNS)
+def _checked(frame: pd.DataFrame, places: Sequence[str] = ("rank", "layer")
+             ) -> tuple[pd.DataFrame, list[str], dict[str, float]]:
+    """The frame, its methods beside identity in the order of `METHODS`, and the identity KL by split, in nats.
+
+    The columns `places` say, with method and split, where a row was measured: there must be one row for each place.
+    """
+    frame = _measured(frame, [*dict.fromkeys([*COLUMNS, *places])])
     if frame["kl"].isna().all():
         raise ChassisError("the frame holds no KL to draw: nothing was measured, or a filter left nothing")
-    keys = ["method", "rank", "layer", "split"]
+    keys = ["method", *places, "split"]
     if (twice := frame.duplicated(keys)).any():
         raise ChassisError(f"two rows measure {frame.loc[twice, keys].iloc[0].to_dict()}: draw one expert and one seed "
                            "at a time, or average them first")
@@ -144,16 +100,49 @@ def _finish(figure: go.Figure, title: str, alt: str, above: int = 0, **layout: A
         title_pad_t=10 + 9 * (len(lines) - 1), margin_t=22 + 18 * len(lines) + above, meta={"alt": alt}, **layout)
 
 
+def _owned(figure: go.Figure, place: int, names: Iterable[Any], key: str, on: Any, off: Any) -> dict[Any, list[Any]]:
+    """Name -> changes, for `_buttons`: attribute `key` shows the traces with this name at `place` of their meta.
+
+    Controls must combine in any order, yet each knows only its own choice. So each owns one attribute of every trace
+    and no other: besides `visible` an axis, as "x2" and "y2" lie over the plot with a range in which no figure falls.
+    """
+    marks = [trace.meta[place] for trace in figure.data]
+    return {name: [{key: [on if mark in (None, name) else off for mark in marks]}] for name in names}
+
+
+def _buttons(figure: go.Figure, first: Any, entries: dict[Any, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A control's entries, name -> changes of the traces and of the layout; the figure is changed to the `first`."""
+    changes, *layout = entries[first]
+    for key, values in changes.items():
+        for trace, value in zip(figure.data, values, strict=True):
+            trace[key] = value
+    figure.update_layout(*layout)
+    return [{"label": f"{name}", "method": "update", "args": args} for name, args in entries.items()]
+
+
+def _dropdowns(figure: go.Figure, lift: int, *controls: tuple[Any, dict[Any, list[Any]]]) -> list[dict[str, Any]]:
+    """A dropdown above the plot for each (first choice, entries as for `_buttons`) that leaves a choice.
+
+    They are dark on light in either theme: plotly paints the entry under the pointer pale.
+    """
+    menus, left = [], -36.0
+    for first, entries in controls:
+        buttons = _buttons(figure, first, entries)
+        if len(buttons) > 1:
+            place = {"active": [*entries].index(first), "pad": {"l": left, "b": lift}}
+            menus.append(STYLES["menu"] | place | {"buttons": buttons})
+            left += 6.2 * max(map(len, entries)) + 42
+    return menus
+
+
 def _sweep(frame: pd.DataFrame, reported: pd.DataFrame | None, x: str, by: str, title: str, alt: str | None,
            quantity: str, split: str | None, lift: int = 8) -> tuple[go.Figure, list[float]]:
     """Lines over column `x`, one a method, with dropdowns for column `by`, for the split and for the quantity.
 
-    The dropdowns must combine in any order, yet each knows only its own choice. So each owns one attribute of
-    every trace and no other: `by` owns `visible`, the quantity owns `y`, and the split owns `yaxis`, where the
-    axis "y2" lies over the plot with a range in which no figure falls. A row without `x` becomes a flat line, one
-    without `by` is shown under every entry. Returns the values of `x` too, smallest first.
+    A row without `x` becomes a flat line, one without `by` is shown under every entry. Returns the values of `x` too,
+    smallest first.
     """
-    frame, methods, identity = _checked(frame)
+    frame, methods, identity = _checked(frame, (x, by))
     ours = frame[frame["method"].isin(methods)]
     ticks, choices = (sorted(ours[name].dropna().unique().tolist()) for name in (x, by))
     if not ticks:
@@ -171,8 +160,8 @@ def _sweep(frame: pd.DataFrame, reported: pd.DataFrame | None, x: str, by: str, 
     rows = rows.assign(method=pd.Categorical(rows["method"], ["identity", *methods, "reported"]), hover=_points(rows),
                        kl=rows["kl"].clip(lower=KL_FLOOR)).sort_values(x)
 
-    figure, groups, named = go.Figure(), [], set()
-    entries = [f"{by} {value:g}" for value in choices]
+    figure, groups, named = go.Figure(layout=STYLES["layouts"]["sweep"]), [], set()
+    entries = [f"{by} {value:g}" for value in choices] or [None]
     for (method, value, flat, where), group in rows.groupby(["method", by, rows[x].isna(), "split"], dropna=False,
                                                             observed=True):
         label, colour, marker, dash = style(method)
@@ -182,45 +171,40 @@ def _sweep(frame: pd.DataFrame, reported: pd.DataFrame | None, x: str, by: str, 
             special = {"hovertemplate": f"<b>{label}</b>, {where}<br>{x} %{{x}}{place} of its own base<br>"
                                         "KL %{y:.3g}<extra></extra>"}
             # The study's model is deeper and wider: its layer (or rank) goes with ours of nearest share.
-            gaps = [abs(one * theirs[by].max() - value * choices[-1]) for one in choices]
-            entry = entries[gaps.index(min(gaps))] if entry and entries else None
+            if entry := entry if choices else None:
+                near = min(choices, key=lambda one: abs(one * theirs[by].max() - value * choices[-1]))
+                entry = f"{by} {near:g}"
         elif flat:
             group = group.loc[group.index.repeat(len(ticks))].assign(**{x: ticks})
             special = {"mode": "lines", "hovertemplate": _HOVER.replace("PLACE", f"any {x}{place}")}
             dash = dash if method == "identity" else "dot"
         groups.append(group)
         figure.add_scatter(
-            x=_numbers(group[x]), y=_numbers(group[quantities[quantity][0]]), name=label, legendgroup=method,
-            showlegend=(method, entry) not in named, visible=entry in (None, *entries[-1:]), line_color=colour,
-            line_dash=dash, yaxis="y" if where == split else "y2", marker_symbol=marker,
-            customdata=list(group["hover"]), meta=[method, entry, where, place], **special)
+            x=_numbers(group[x]), name=label, legendgroup=method, showlegend=(method, entry) not in named,
+            line_color=colour, line_dash=dash, marker_symbol=marker, customdata=list(group["hover"]),
+            meta=[method, entry, where, place], **special)
         named.add((method, entry))
 
     axes = {name: {"yaxis.type": kind, "yaxis.title.text": text, "yaxis.tickformat": digits, "yaxis.autorange": True}
             for name, (_, kind, text, digits) in quantities.items()}
-    marks, menus, left = [trace.meta for trace in figure.data], [], -36.0
-    for start, controls in (
-            (entries[-1:], {name: [{"visible": [mark[1] in (None, name) for mark in marks]}] for name in entries}),
-            ([split], {name: [{"yaxis": ["y" if mark[2] == name else "y2" for mark in marks]}] for name in identity}),
-            ([quantity], {name: [{"y": [_numbers(group[spec[0]]) for group in groups]}, axes[name]]
-                          for name, spec in quantities.items()})):
-        if len(controls) > 1:
-            buttons = [{"label": name, "method": "update", "args": args} for name, args in controls.items()]
-            menus.append(_menu(buttons, [*controls].index(*start), left, lift))
-            left += 6.2 * max(map(len, controls)) + 42
+    menus = _dropdowns(
+        figure, lift, (entries[-1], _owned(figure, 1, entries, "visible", True, False)),
+        (split, _owned(figure, 2, identity, "yaxis", "y", "y2")),
+        (quantity, {name: [{"y": [_numbers(group[spec[0]]) for group in groups]}, axes[name]]
+                    for name, spec in quantities.items()}))
     best = ours[ours["split"] == split].nsmallest(1, "kl")
     lowest = [f" The lowest is {style(row.method)[0]} at {_figures(row.kl)}." for row in best.itertuples()]
     alt = alt or (f"KL to the expert against {x} for {'; '.join(style(name)[0] for name in methods)}. On {split}, "
                   f"identity is at {_figures(identity[split])} nats.{''.join(lowest)}")
-    _finish(figure, title, alt, updatemenus=menus, above=30 + lift if menus else 8,
-            yaxis2={"overlaying": "y", "visible": False, "range": [1e9, 1.001e9], "fixedrange": True})
+    _finish(figure, title, alt, updatemenus=menus, above=30 + lift if menus else 8)
     figure.layout.template.data.scatter = [go.Scatter(
         mode="lines+markers", marker_size=8, hovertemplate=_HOVER.replace("PLACE", f"{x} %{{x}}%{{meta[3]}}"))]
-    return figure.update_layout(axes[quantity]), ticks
+    return figure, ticks
 
 
 def kl_vs_rank(frame: pd.DataFrame, reported: pd.DataFrame | None = None, title: str = "KL to the expert against rank",
-               alt: str | None = None, quantity: str = "KL (log)", split: str | None = None) -> go.Figure:
+               alt: str | None = None, quantity: str = "KL (log)", split: str | None = None, by: str = "layer"
+               ) -> go.Figure:
     """KL against the rank of the adapter: one line a method, dotted and flat at full rank, identity dashed.
 
     Args:
@@ -230,11 +214,12 @@ def kl_vs_rank(frame: pd.DataFrame, reported: pd.DataFrame | None = None, title:
         alt: alternative text; written from the figures if not given.
         quantity: the entry of `QUANTITIES` shown first.
         split: the split shown first; "test" if there is one.
+        by: the column of numbers whose values the first dropdown offers, such as `n_train`.
 
     Raises:
         ChassisError: nothing to draw, a column is missing, or several experts are mixed.
     """
-    figure, ranks = _sweep(frame, reported, "rank", "layer", title, alt, quantity, split)
+    figure, ranks = _sweep(frame, reported, "rank", by, title, alt, quantity, split)
     every = {value for trace in figure.data for value in trace.x if value}
     # A label needs a twelfth of a telephone's width; ours come before the study's, large before small.
     room, ticks = math.log(max(every) / min(every)) / 12, []
@@ -247,11 +232,11 @@ def kl_vs_rank(frame: pd.DataFrame, reported: pd.DataFrame | None = None, title:
 
 def kl_vs_depth(frame: pd.DataFrame, reported: pd.DataFrame | None = None,
                 title: str = "KL to the expert against depth", alt: str | None = None, quantity: str = "KL (log)",
-                split: str | None = None, num_layers: int | None = None, reported_layers: int = 22) -> go.Figure:
+                split: str | None = None, num_layers: int | None = None) -> go.Figure:
     """KL against the layer that is read; the study's layers run along the top, scaled to the same depth.
 
     Arguments and errors are those of `kl_vs_rank`, the first dropdown offering ranks. `num_layers` is the depth of
-    our base (the deepest layer measured if not given), `reported_layers` that of the study's.
+    our base, the deepest layer measured if not given.
     """
     lift = 8 if reported is None else 54
     figure, ticks = _sweep(frame, reported, "layer", "rank", title, alt, quantity, split, lift)
@@ -260,34 +245,41 @@ def kl_vs_depth(frame: pd.DataFrame, reported: pd.DataFrame | None = None,
                                 "tickvals": ticks if len(ticks) <= 13 else None})
     if reported is not None:
         figure.update_traces(xaxis="x2", selector=lambda trace: trace.meta[0] == "reported")
-        figure.update_layout(xaxis2={"title_text": "layer of the study's base", "overlaying": "x", "side": "top",
-                                     "showgrid": False, "tickmode": "auto",
-                                     "range": [-0.04 * reported_layers, 1.04 * reported_layers], "nticks": 8})
+        figure.update_layout(xaxis2=STYLES["layouts"]["study_axis"])
     return figure
 
 
-def kl_vs_step(courses: pd.DataFrame, identity: float, title: str = "KL to the expert against step",
-               alt: str | None = None) -> go.Figure:
+def kl_vs_step(courses: pd.DataFrame, identity: float, title: str = "KL to the expert over training",
+               alt: str | None = None, x: str = "step", log_seconds: bool = False) -> go.Figure:
     """KL on the training rows against step or seconds, one line a method; `identity` dashed, the bare base's KL there.
 
-    `courses` has the columns `method, step, kl, seconds`, as `refine` returns them.
+    `courses` has the columns `method, step, kl, seconds`, as `refine` returns them; a method of one row is a large
+    marker. `x`, "step" or "seconds", is shown first. With `log_seconds` their axis is a log one, and what took no time
+    is drawn at the shortest time of all.
+
+    Raises:
+        ChassisError: an `x` of another name.
     """
-    figure, given = go.Figure(), courses.groupby("method", sort=False)
+    if x not in (words := ("step", "seconds")):
+        raise ChassisError(f"no course runs over {x!r}: choose one of {', '.join(words)}")
+    shortest = courses["seconds"].where(courses["seconds"] > 0).min() if log_seconds else None
+    drawn = courses.assign(seconds=courses["seconds"].clip(lower=shortest), true=courses["seconds"])
+    figure, given = go.Figure(layout=STYLES["layouts"]["step"]), drawn.groupby("method", sort=False)
     for name, rows in given:
         label, colour, marker, dash = style(str(name))
-        figure.add_scatter(x=_numbers(rows["step"]), y=_numbers(rows["kl"]), name=label, line_color=colour,
-                           line_dash=dash, marker={"symbol": marker, "maxdisplayed": 12}, mode="lines+markers",
-                           customdata=_numbers(rows["seconds"]), meta=[name],
-                           hovertemplate=f"<b>{label}</b><br>x %{{x}}, after %{{customdata}} s<br>KL %{{y:.3g}}"
-                                         "<extra></extra>")
+        figure.add_scatter(y=_numbers(rows["kl"]), name=label, line_color=colour, line_dash=dash, mode="lines+markers",
+                           marker={"symbol": marker, "maxdisplayed": 12, "size": 13 if len(rows) == 1 else 6},
+                           customdata=[_numbers(row) for row in rows[["step", "true"]].to_numpy()], meta=[name],
+                           hovertemplate=f"<b>{label}</b><br>step %{{customdata[0]}}, after %{{customdata[1]}} s<br>"
+                                         "KL %{y:.3g}<extra></extra>")
     figure.add_hline(y=identity, line={"color": GREY, "dash": "dash"})
-    buttons = [{"label": word, "method": "update",
-                "args": [{"x": [_numbers(rows[column]) for _, rows in given]}, {"xaxis.title.text": word}]}
-               for word, column in (("step", "step"), ("seconds", "seconds"))]
+    menus = _dropdowns(figure, 8, (x, {word: [
+        {"x": [_numbers(rows[word]) for _, rows in given]},
+        {"xaxis.title.text": word, "xaxis.type": "log" if log_seconds and word == "seconds" else "linear"},
+    ] for word in words}))
     said = "; ".join(f"{style(str(name))[0]} ends at {_figures(rows['kl'].iloc[-1])}" for name, rows in given)
-    return _finish(figure, title, alt or f"KL against step, identity {_figures(identity)} nats: {said}.", above=38,
-                   updatemenus=[_menu(buttons, 0, -36.0, 8)], showlegend=True,
-                   xaxis={"title_text": "step"}, yaxis={"type": "log", "title_text": "KL to the expert (nats)"})
+    alt = alt or f"KL against {x}, identity {_figures(identity)} nats: {said}."
+    return _finish(figure, title, alt, above=38, updatemenus=menus)
 
 
 def phase_diagram(frame: pd.DataFrame, title: str = "Recovered share over the ranks of expert and adapter",
@@ -305,47 +297,30 @@ def phase_diagram(frame: pd.DataFrame, title: str = "Recovered share over the ra
     rows = _measured(frame, [*by, *shown]).query("method != 'identity' and recovered.notna()")
     if rows.empty or rows.duplicated(by + keys).any():
         raise ChassisError("the frame holds no share to draw, or two for one place: draw one seed and strength")
-    known = [[*rows["method"].unique()], [*rows["split"].unique()], sorted(map(int, rows["n_train"].unique()))]
-    chosen = (method, split, known[2][-1])
-    for kind, names, name in zip(by, known, chosen, strict=True):
-        if name not in names:
-            raise ChassisError(f"no {kind} {name!r} was measured: choose one of {', '.join(names)}")
-    (up, across), figure, controls = (sorted(map(int, rows[key].unique())) for key in keys), go.Figure(), []
-    attributes = (("xaxis", "x", "x2"), ("yaxis", "y", "y2"), ("visible", True, False))
+    for kind, name in (("method", method), ("split", split)):
+        if name not in (known := rows[kind].unique()):
+            raise ChassisError(f"no {kind} {name!r} was measured: choose one of {', '.join(known)}")
+    up, across, sizes = (sorted(map(int, rows[name].unique())) for name in (*keys, "n_train"))
+    figure = go.Figure(layout=STYLES["layouts"]["phase"])
     for mark, group in rows.groupby(by, sort=False):
         cells = group.set_index(keys, drop=False).reindex(pd.MultiIndex.from_product([up, across]))[shown]
         lines = [[_numbers(cell) for cell in line] for line in cells.to_numpy(float).reshape(len(up), len(across), -1)]
-        where = {key: on if a == b else off for (key, on, off), a, b in zip(attributes, mark, chosen, strict=True)}
         figure.add_heatmap(
             z=[[cell[2] for cell in line] for line in lines], customdata=lines, meta=[*mark], texttemplate="%{z:.0%}",
-            coloraxis="coloraxis", xgap=2, ygap=2, **where,
+            coloraxis="coloraxis", xgap=2, ygap=2,
             hovertemplate=f"<b>{style(mark[0])[0]}</b>, {mark[1]}, N = {mark[2]:g}<br>"
             "expert rank %{customdata[6]}, adapter rank %{customdata[7]}<br>recovered %{customdata[2]:.1%} "
             "(%{customdata[4]:.1%} to %{customdata[5]:.1%})<br>KL %{customdata[0]:.3g}, identity %{customdata[1]:.3g}, "
             "n = %{customdata[3]}<extra></extra>")
-    for place, ((key, on, off), names) in enumerate(zip(attributes, known, strict=True)):
-        controls.append([{"label": f"{name}", "method": "update", "args": [
-            {key: [on if trace.meta[place] == name else off for trace in figure.data]}]} for name in names])
-    first = rows[(rows["method"] == method) & (rows["split"] == split) & (rows["n_train"] == chosen[2])]["recovered"]
+    menus = _dropdowns(figure, 8, (method, _owned(figure, 0, rows["method"].unique(), "xaxis", "x", "x2")),
+                       (split, _owned(figure, 1, rows["split"].unique(), "yaxis", "y", "y2")))
+    steps = _buttons(figure, sizes[-1], _owned(figure, 2, sizes, "visible", True, False))
+    first = rows[(rows["method"] == method) & (rows["split"] == split) & (rows["n_train"] == sizes[-1])]["recovered"]
     alt = alt or (f"Share of the identity KL recovered over expert and adapter rank: {style(method)[0]} on {split}, "
-                  f"fitted on {chosen[2]} prompts, from {first.min():.0%} to {first.max():.0%}.")
-    ticks = [{"showgrid": False, "tickvals": [*range(len(of))], "ticktext": of} for of in (across, up)]
-    hidden, right = {"visible": False, "range": [1e9, 1.001e9], "fixedrange": True}, 6.2 * max(map(len, known[0])) + 6
-    return _finish(
-        figure, title, alt, above=38, height=460, margin_b=126, xaxis2=hidden | {"overlaying": "x"},
-        yaxis2=hidden | {"overlaying": "y"}, xaxis={"title_text": "adapter rank", **ticks[0]},
-        yaxis={"title_text": "expert rank", **ticks[1]},
-        updatemenus=[_menu(controls[n], known[n].index(chosen[n]), (-36, right)[n], 8) for n in (0, 1)],
-        sliders=[{"active": len(known[2]) - 1, "steps": controls[2], "pad_t": 50, "currentvalue_prefix": "N = "}],
-        # Worse than no adapter orange, like none pale, all recovered blue: told apart with any colour sense.
-        coloraxis={"cmin": -1, "cmax": 1, "colorscale": [[0, PALETTE[1]], [0.5, "#F3F1EC"], [1, PALETTE[0]]],
-                   "colorbar": {"thickness": 8, "tickformat": ".0%", "tickvals": [-1, 0, 1], "outlinewidth": 0}})
-
-
-def _menu(buttons: list[dict[str, Any]], active: int, left: float, lift: int) -> dict[str, Any]:
-    """A dropdown above the plot. Dark on light in either theme: plotly paints the entry under the pointer pale."""
-    return {"active": active, "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom", "pad": {"l": left, "b": lift},
-            "bgcolor": "#EEF1F4", "bordercolor": GREY, "font": {"size": 11, "color": "#1F2328"}, "buttons": buttons}
+                  f"fitted on {sizes[-1]} prompts, from {first.min():.0%} to {first.max():.0%}.")
+    ticks = [{"tickvals": [*range(len(of))], "ticktext": of} for of in (across, up)]
+    slider = {"active": len(steps) - 1, "steps": steps, "pad_t": 50, "currentvalue_prefix": "N = "}
+    return _finish(figure, title, alt, above=38, updatemenus=menus, sliders=[slider], xaxis=ticks[0], yaxis=ticks[1])
 
 
 def _choice(frame: pd.DataFrame, methods: Sequence[str], rank: int | None = None, layer: int | None = None
@@ -377,7 +352,7 @@ def bars(frame: pd.DataFrame, title: str = "Share of the identity KL recovered",
     `kl_vs_rank`.
     """
     frame, methods, identity = _checked(frame)
-    splits, figure, said, low = list(identity), go.Figure(), [], 0.0
+    figure, splits, said, low = go.Figure(layout=STYLES["layouts"]["bars"]), list(identity), [], 0.0
     for method in methods:
         rows, place = _choice(frame, [method], rank, layer)
         rows = rows.reindex(splits)
@@ -392,10 +367,9 @@ def bars(frame: pd.DataFrame, title: str = "Share of the identity KL recovered",
                        hovertemplate=_HOVER.replace("PLACE", place).replace("%{meta[2]}", "%{y}"))
         said.append(f"{place}: " + ", ".join(f"{share} on {split}" for share, split in zip(text, splits, strict=True)))
     figure.add_vline(x=0, line={"color": GREY, "dash": "dash"})
-    return _finish(figure, title, alt or f"Share of the identity KL recovered. {'; '.join(said)}.", barmode="group",
-                   bargap=0.25, height=max(420, 130 + 22 * len(splits) * len(said)), showlegend=True,
-                   xaxis={"tickformat": ".0%", "range": [low - 0.02, 1.08], "title_text": "0% is the base alone"},
-                   yaxis={"autorange": "reversed", "categoryarray": splits, "showgrid": False})
+    return _finish(figure, title, alt or f"Share of the identity KL recovered. {'; '.join(said)}.",
+                   height=max(420, 130 + 22 * len(splits) * len(said)), xaxis_range=[low - 0.02, 1.08],
+                   yaxis_categoryarray=splits)
 
 
 def shares(frame: pd.DataFrame) -> list[str]:

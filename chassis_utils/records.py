@@ -9,17 +9,18 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from safetensors import SafetensorError
 
+from . import __version__
 from .errors import ChassisError
 
 FIELDS = tuple(
@@ -28,13 +29,8 @@ FIELDS = tuple(
 )
 METRICS = tuple("kl recovered top1_agreement bits_per_byte coverage undecided total_variation seconds ratio".split())
 SPLITS = ("train", "val", "test", "template", "text")
-#: The order of the book. A name that is not here comes after these, by alphabet.
-EXPERIMENTS = tuple(
-    "exact_adapter global_hidden_alignment projected_hidden_alignment layerwise_tuned_lens final_adapter_rank_sweep "
-    "multi_layer_rank_sweep stacked_adapters hidden_to_hidden gradient_refinement comparison stress_test "
-    "logit_bias_expert same_tokenizer_expert generate_and_rescore vocab_bridge_stage_a vocab_bridge_stage_b "
-    "vocab_bridge_stage_c vocab_bridge_exact semantic_bridges best_adapter against_training port".split()
-)
+#: In the order of the book, with claim and rule where a verdict is made; a name not here comes after, by alphabet.
+EXPERIMENTS = json.loads(Path(__file__).with_name("experiments.json").read_text(encoding="utf-8"))
 FILE = "results.jsonl"
 _INTEGERS = ("rank", "layer", "seed", "n")
 _FLOATS = ("value", "reported", "low", "high")
@@ -62,14 +58,6 @@ def locked(path: Path, busy: str | None = None) -> Iterator[int]:
         yield handle.fileno()
 
 
-def package_version(name: str) -> str | None:
-    """The installed version of a package, None where it is not installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 @cache
 def provenance() -> dict[str, Any]:
     """`git` revision of this package ("-dirty" if edited, None outside a repository) and `versions`."""
@@ -81,7 +69,7 @@ def provenance() -> dict[str, Any]:
         git = told.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         git = None
-    packages = {name: package_version(name) for name in ("torch", "transformers", "chassis_utils")}
+    packages = {name: version(name) for name in ("torch", "transformers")} | {"chassis_utils": __version__}
     return {"git": git, "versions": {"python": platform.python_version(), **packages}}
 
 
@@ -127,10 +115,14 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def _rewrite(path: Path, dropped: Callable[[dict[str, Any]], bool], added: Iterable[dict[str, Any]] = ()) -> None:
+    """Drop rows of a records file and add others, in the order of the book, while no one else writes."""
     order = {name: i for i, name in enumerate(EXPERIMENTS)}
-    rows = sorted(rows, key=lambda r: (order.get(r["experiment"], len(order)), r["experiment"], r["notebook"]))
-    replace_text(path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in rows))
+    with locked(path.with_name(".results.lock")):
+        rows = [row for row in _read(path) if not dropped(row)] if path.exists() else []
+        rows += added
+        rows.sort(key=lambda r: (order.get(r["experiment"], len(order)), r["experiment"], r["notebook"]))
+        replace_text(path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in rows))
 
 
 @contextmanager
@@ -144,32 +136,28 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     final = Path(os.path.realpath(path))
     temporary, aside = (final.with_name(f".{final.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    _remove(temporary)
+    _remove(temporary, aside)
     try:
         yield temporary
         if temporary.is_dir() and final.is_dir():
             # One rename cannot replace a folder: the old one waits beside it until the new one is there.
-            _remove(aside)
             os.replace(final, aside)
-        try:
-            os.replace(temporary, final)
-        except BaseException:
-            if aside.exists():
-                os.replace(aside, final)
-            raise
-        _remove(aside)
+        os.replace(temporary, final)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ChassisError(f"cannot write {path} ({reason}): choose another folder, or make room") from error
     finally:
-        _remove(temporary)
+        if aside.exists() and not final.exists():
+            os.replace(aside, final)
+        _remove(temporary, aside)
 
 
-def _remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there and if that can be done."""
-    shutil.rmtree(path, ignore_errors=True)
-    with suppress(OSError):
-        path.unlink()
+def _remove(*paths: Path) -> None:
+    """Remove files and folders, where they are there and where that can be done."""
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -231,8 +219,7 @@ def forget(out_dir: str | Path, notebook: str) -> None:
     """Remove every row of one notebook, as when it has failed: its figures must not outlive its page."""
     path = Path(out_dir) / FILE
     if path.exists():
-        with locked(path.with_name(".results.lock")):
-            _write(path, [r for r in _read(path) if r["notebook"] != notebook])
+        _rewrite(path, lambda row: row["notebook"] == notebook)
 
 
 class Records:
@@ -263,17 +250,11 @@ class Records:
         row |= {name: _number(name, row[name], row) for name in (*_INTEGERS, *_FLOATS)}
         self._rows[tuple(row[name] for name in _NAMES)] = row
 
-    def add_frame(
-        self,
-        frame: pd.DataFrame,
-        metrics: Sequence[str] = METRICS[:4],
-        reported: Callable[[pd.Series], float | None] | None = None,
-    ) -> None:
+    def add_frame(self, frame: pd.DataFrame, reported: Callable[[pd.Series], float | None] | None = None) -> None:
         """Add the wide rows of `evaluate`, one record a metric; a figure that is NaN there is left out.
 
         Args:
             frame: what `evaluate` returned.
-            metrics: columns to record.
             reported: the study's figure for a row and its `kl`, or None.
         """
         names = [c for c in frame.columns if c in FIELDS]
@@ -281,7 +262,7 @@ class Records:
             fields = {c: row[c] for c in names if not _missing(row[c])}
             if "base_revision" in row:
                 fields["revision"] = {"base": row["base_revision"], "expert": row["expert_revision"]}
-            for metric in metrics:
+            for metric in METRICS[:4]:
                 if not _missing(row[metric]):
                     figure = reported(row) if reported and metric == "kl" else None
                     bounds = {end: row.get(f"{metric}_{end}") for end in ("low", "high")}
@@ -289,11 +270,8 @@ class Records:
 
     def save(self) -> pd.DataFrame:
         """Replace this experiment's rows of this notebook in the file, atomically; return them."""
-        own = (self._defaults["experiment"], self._defaults["notebook"])
-        with locked(self.path.with_name(".results.lock")):
-            others = _read(self.path) if self.path.exists() else []
-            others = [r for r in others if (r["experiment"], r["notebook"]) != own]
-            _write(self.path, [*others, *self._rows.values()])
+        own = {name: self._defaults[name] for name in ("experiment", "notebook")}
+        _rewrite(self.path, lambda row: own.items() <= row.items(), self._rows.values())
         return _frame(self._rows.values())
 
 

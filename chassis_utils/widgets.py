@@ -23,18 +23,6 @@ def _first(name: str, options: Any) -> Any:
                        f"numbers, or True or False, not {options!r}")
 
 
-def _control(widgets: Any, name: str, options: Any) -> Any:
-    """A checkbox, dropdown or slider for one argument of the drawing function."""
-    look = {"description": name.replace("_", " ")}
-    if isinstance(options, bool):
-        return widgets.Checkbox(value=options, indent=False, **look)
-    if isinstance(options, list):
-        return widgets.Dropdown(options=options, value=options[0], **look)
-    low, high, step = (*options, 1)[:3]
-    slider = widgets.IntSlider if all(isinstance(value, int) for value in options) else widgets.FloatSlider
-    return slider(value=low, min=low, max=high, step=step, **look)
-
-
 def explore(draw: Callable[..., go.Figure], **controls: Any) -> None:
     """Show `draw(**choices)` with one control a keyword, and draw anew when one is moved.
 
@@ -56,18 +44,15 @@ def explore(draw: Callable[..., go.Figure], **controls: Any) -> None:
         import ipywidgets as widgets
     except ImportError:
         raise ChassisError("ipywidgets is missing: pip install ipywidgets, or set CHASSIS_HEADLESS=1") from None
-    boxes = {name: _control(widgets, name, options) for name, options in controls.items()}
-    output = widgets.Output()
 
-    def redraw(_: Any = None) -> None:
-        output.clear_output(wait=True)
-        with output:
-            try:
-                display(draw(**{name: box.value for name, box in boxes.items()}))
-            except ChassisError as error:
-                print(error)
+    def show(**choices: Any) -> None:
+        try:
+            display(draw(**choices))
+        except ChassisError as error:
+            print(error)
 
-    for box in boxes.values():
-        box.observe(redraw, names="value")
-    redraw()
+    boxes = {name: widgets.interactive.widget_from_abbrev(controls[name], first[name]) for name in controls}
+    for name, box in boxes.items():
+        box.description = name.replace("_", " ")
+    output = widgets.interactive_output(show, boxes)
     display(widgets.VBox([widgets.HBox(list(boxes.values()), layout={"flex_flow": "row wrap"}), output]))

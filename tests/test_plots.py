@@ -159,7 +159,8 @@ def test_a_method_keeps_its_colour_in_every_figure() -> None:
     assert seen["identity"] == plots.GREY and seen["brand_new"] not in plots.PALETTE
 
 
-@pytest.mark.parametrize("colour", [*plots.PALETTE, *plots.SPARE, plots.GREY, plots.template.layout.font.color])
+@pytest.mark.parametrize("colour", sorted({*plots.PALETTE, *plots.SPARE, plots.GREY, plots.template.layout.font.color,
+                                           *(colour for _, colour, _, _ in plots.METHODS.values())}))
 def test_every_colour_stands_out_on_white_and_on_black(colour: str) -> None:
     linear = [((part / 255 + 0.055) / 1.055) ** 2.4 for part in bytes.fromhex(colour[1:])]
     light = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
@@ -170,7 +171,10 @@ def test_every_colour_stands_out_on_white_and_on_black(colour: str) -> None:
     "identity reported as_reported v1 v1_normed v1_text v1_template ridge ridge_text rrr rrr_text rrr_template hidden "
     "aligned projected lens lens_text logit_lens exact",
     "as_reported without_middle pseudo_inverse identity", "rrr descent_rrr identity",
-    "as_reported v1 hidden rrr rrr_hidden matched identity", "as_reported adam bohning accelerated lbfgs identity"])
+    "as_reported v1 hidden rrr rrr_hidden matched identity", "as_reported adam bohning accelerated lbfgs identity",
+    "v2 v1 ridge rrr layers inner relu fourier limit identity",
+    "v2 rrr lora_4 lora_16 lora_64 lora_head head_only tuned_lens tuned_lens_adam tuned_lens_muon weight_svd "
+    "weight_svd_blocks proxy identity"])
 def test_methods_of_a_figure_differ_by_colour_and_what_they_were_fitted_on_by_dash(figure: str) -> None:
     together = {name: plots.METHODS[name] for name in figure.split()}
     for method, (label, colour, marker, dash) in together.items():
@@ -237,6 +241,54 @@ def test_an_exact_adapter_stays_on_the_log_axis_and_hover_tells_its_true_kl() ->
     frame = pd.DataFrame([row("exact", "test", kl, rank) for kl, rank in ((0.0, 4), (-1e-12, 8), (0.5, 16))])
     trace = plots.kl_vs_rank(frame).data[-1]
     assert min(trace.y) == plots.KL_FLOOR and [point[0] for point in trace.customdata] == [0, -1e-12, 0.5]
+
+
+def test_the_first_dropdown_offers_any_column_of_numbers() -> None:
+    sizes = (48, 192, 768)
+    one = grid(("v2", "rrr"), layers=(6,), ranks=(*RANKS, None))
+    frame = pd.concat([one.assign(n_train=n, kl=one["kl"] / n) for n in sizes])
+    figure = json.loads(plots.kl_vs_rank(frame, REPORTED.query("layer == 22"), by="n_train").to_json())
+    menu = figure["layout"]["updatemenus"][0]
+    assert labels(menu) == [f"n_train {n}" for n in sizes] and menu["active"] == 2
+    for button, n in zip(menu["buttons"], sizes, strict=True):
+        click(figure, button)
+        shown = drawn(figure)
+        assert [(trace["meta"][0], "mode" in trace) for trace in shown] == [
+            ("identity", True), ("rrr", False), ("rrr", True), ("v2", False), ("v2", True), ("reported", False)]
+        for trace in shown[1:5]:
+            wanted = frame[(frame["method"] == trace["meta"][0]) & (frame["split"] == "test") & (frame["n_train"] == n)]
+            flat = "mode" in trace
+            wanted = wanted[wanted["rank"].isna()] if flat else wanted.dropna(subset="rank")
+            assert trace["y"] == pytest.approx(wanted["kl"].tolist() * (len(RANKS) if flat else 1), rel=1e-3)
+            assert trace["line"]["dash"] == ("dot" if flat else "solid")
+    with pytest.raises(ChassisError, match="two rows measure .*'layer'"):
+        plots.kl_vs_rank(frame)
+    with pytest.raises(ChassisError, match="lacks the columns seeds"):
+        plots.kl_vs_rank(frame, by="seeds")
+
+
+def test_a_course_is_drawn_over_steps_or_seconds_and_one_point_alone_is_seen() -> None:
+    steps = [{"method": "lora_16", "step": i, "kl": 0.5 / (i + 1), "seconds": 2.0 * i} for i in range(5)]
+    courses = pd.DataFrame([*steps, {"method": "v2", "step": 0, "kl": 0.01, "seconds": 0.5},
+                            {"method": "rrr", "step": 0, "kl": 0.02, "seconds": 0.0}])
+    for log, first in ((False, 0), (True, 0.5)):
+        figure = json.loads(plots.kl_vs_step(courses, 0.7, x="seconds", log_seconds=log).to_json())
+        (menu,) = figure["layout"]["updatemenus"]
+        assert labels(menu) == ["step", "seconds"] and menu["active"] == 1
+        assert "KL against seconds" in figure["layout"]["meta"]["alt"]
+        for word in ("seconds", "step", "seconds"):
+            trained, v2, rrr = figure["data"]
+            axis = figure["layout"]["xaxis"]
+            assert (axis["title"]["text"], axis["type"]) == (word, "log" if log and word == "seconds" else "linear")
+            assert trained["x"] == ([first, 2, 4, 6, 8] if word == "seconds" else [0, 1, 2, 3, 4])
+            # What took no time stays on a log axis, and hovering tells the truth.
+            assert (v2["x"], rrr["x"]) == (([0.5], [first]) if word == "seconds" else ([0], [0]))
+            assert rrr["customdata"] == [[0, 0]] and v2["customdata"] == [[0, 0.5]]
+            assert v2["marker"]["size"] == rrr["marker"]["size"] > 1.5 * trained["marker"]["size"]
+            assert all("markers" in trace["mode"] for trace in figure["data"])
+            click(figure, menu["buttons"][word == "step"])
+    with pytest.raises(ChassisError, match="'epoch': choose one of step, seconds"):
+        plots.kl_vs_step(courses, 0.7, x="epoch")
 
 
 PHASE = pd.concat([grid(("rrr", "v1"), layers=(6,)).assign(

@@ -13,6 +13,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from chassis_utils import __version__
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -48,6 +50,10 @@ def test_every_dependency_is_pinned_at_a_version_it_allows() -> None:
         assert version, f"{requirement.name} is not pinned"
         assert requirement.specifier.contains(version), f"{line} does not allow {version}"
     assert pins["torch"] == "2.13.0"
+
+
+def test_the_version_is_told_in_one_voice() -> None:
+    assert __version__ == PROJECT["version"]
 
 
 def test_the_extras_are_the_documented_ones() -> None:

@@ -59,6 +59,8 @@ def test_a_moved_control_redraws_and_an_impossible_choice_leaves_its_message_and
     assert VIEW in view.data and PLOTLY not in view.data
     assert kinds.text == "['Dropdown', 'IntSlider', 'Checkbox']\n"
     assert shown["data"][PLOTLY]["data"][0]["y"] == [1, 16]
+    _, (shown,) = run(monkeypatch, False, SHOW)
+    assert shown["data"][PLOTLY]["data"][0]["y"] == [1, 4], "what is shown first is what a page shows"
     _, (shown,) = run(monkeypatch, False, SHOW, MOVE + "rank.value = 16; method.value = 'none'")
     assert shown == {"output_type": "stream", "name": "stdout", "text": "no figure for rank 16\n"}
 
