@@ -8,6 +8,7 @@ import time
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import pandas as pd
@@ -129,14 +130,11 @@ def choose_rank(
     parameters: int | None = None,
     latency: float | None = None,
 ) -> int:
-    """The rank that a budget buys, exactly one of three; cut to it with `Adapter.at_rank`.
+    """The rank that a budget buys, to be cut to by `Adapter.at_rank`; give exactly one of three.
 
-    Args:
-        adapter: at its full rank.
-        held_out: rows it was not fitted on.
-        kl: nats a token: the smallest rank that reaches it on `held_out`.
-        parameters: numbers stored: the largest rank that needs no more.
-        latency: share of the base's own time: the largest rank whose map takes no more, timed here on `held_out`.
+    `kl`, nats a token on `held_out` (rows that nothing was fitted on): the smallest rank that reaches it. `parameters`
+    stored, edits included: the largest rank that needs no more. `latency`, as a share of the base's own time on one
+    full context, edits included, timed here: the largest rank that adds no more.
 
     Raises:
         ChassisError: none or several budgets, or one that no rank meets; it says what the nearest rank needs.
@@ -145,21 +143,27 @@ def choose_rank(
     given = {name: value for name, value in budgets.items() if value is not None}
     if len(given) != 1:
         raise ChassisError(f"{len(given)} budgets: give one of {', '.join(budgets)}")
-    (name, budget), base = *given.items(), held_out.base
+    ((name, budget),), base = given.items(), held_out.base
+    port, places = base.edited(*adapter.edits), _places([adapter])
+    ids = torch.zeros(1, min(base.context, 512), dtype=torch.long)
+    mask = torch.ones_like(ids)
+    if name == "kl":
+        here = harvest(port, held_out.expert, held_out.probes, held_out.positions, places, progress=False)
+    if name == "latency":
+        alone = _seconds(lambda: base.readout(base.states(ids, mask)[base.num_layers]))
 
+    @cache
     def cost(rank: int) -> float:
         cut = adapter.at_rank(rank)
         if name == "parameters":
             return cut.num_parameters
         if name == "kl":
-            found = evaluate(base, held_out.expert, cut, held_out)
-            return float(found["kl"].iloc[-1])
-        return _seconds(lambda: cut.correction(held_out.hidden)) / alone
+            return _evaluate(here, [cut], held_out.hidden[held_out.final], False)[1]["kl"]
+        rows = [*{*places, base.num_layers}]
+        return (
+            _seconds(lambda: cut.logits(base, {k: v[0] for k, v in port.states(ids, mask, rows).items()})) / alone - 1
+        )
 
-    if name == "latency":
-        ids = torch.zeros(1, min(base.context, 256), dtype=torch.long)
-        rows = len(held_out) / ids.shape[1]
-        alone = rows * _seconds(lambda: base.bare.states(ids, torch.ones_like(ids)))
     ranks = range(1, adapter.rank + 1)
     if name == "kl":
         rank = 1 + bisect_left(ranks, True, key=lambda one: cost(one) <= budget)
