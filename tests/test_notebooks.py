@@ -14,7 +14,7 @@ from test_book_pages import ROOT, browser, needs_browser
 
 from chassis_utils import ChassisError, read_records, results_table
 from chassis_utils.batch import Profile, build_book, load_profile, run
-from chassis_utils.verdicts import RULES
+from verdicts import RULES
 
 __all__ = ["browser"]
 SMALL = {"n_train": 256}

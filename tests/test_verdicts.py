@@ -12,7 +12,7 @@ from conftest import refused
 
 from chassis_utils import Records, read_records
 from chassis_utils.records import forget
-from chassis_utils.verdicts import RULES, Verdict, judge, write
+from verdicts import RULES, Verdict, judge, write
 
 HELD_OUT = ("test", "template", "text")
 #: One measurement by its names, as (metric, method, split, layer, rank).

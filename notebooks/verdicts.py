@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from .errors import ChassisError
-from .records import EXPERIMENTS, locked, read_records, replace_text
+from chassis_utils.errors import ChassisError
+from chassis_utils.records import EXPERIMENTS, locked, read_records, replace_text
 
 FILE = "verdicts.json"
 HELD_OUT = ("test", "template", "text")
