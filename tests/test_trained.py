@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -57,9 +58,9 @@ def untouched(pocket: tuple[LanguageModel, LanguageModel]) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def courses(contest: Contest) -> dict[str, pd.DataFrame]:
     return {
-        "lora": lora(contest, RANK, lr=1e-2, batch_tokens=512),
-        "lora_head": lora(contest, RANK, lr=1e-2, head=True, batch_tokens=512),
-        "head_only": head_only(contest),
+        "lora": lora(contest, RANK, lr=1e-2),
+        "lora_head": lora(contest, RANK, lr=1e-2, head=True),
+        "head_only": head_only(contest, lr=1e-3),
         "tuned_lens": tuned_lens(contest, batch_tokens=2048),
         "tuned_lens_adam": tuned_lens(contest, optimizer="adam"),
         "tuned_lens_muon": tuned_lens(contest, optimizer="muon"),
@@ -115,9 +116,7 @@ def test_a_lens_at_the_final_layer_can_reach_below_the_closed_one(contest: Conte
 
 def test_same_seed_same_course_other_seed_another(contest: Contest) -> None:
     short = replace(contest, steps=4)
-    one, again, other = (
-        lora(replace(short, seed=seed), RANK, lr=1e-2, batch_tokens=512).drop(columns="seconds") for seed in (0, 0, 1)
-    )
+    one, again, other = (lora(replace(short, seed=seed), RANK, lr=1e-2).drop(columns="seconds") for seed in (0, 0, 1))
     pd.testing.assert_frame_equal(one, again, check_exact=True)
     assert other["kl"].iloc[-1] != one["kl"].iloc[-1]
     assert other["kl"].iloc[-1] == pytest.approx(one["kl"].iloc[-1], rel=0.1)
@@ -129,6 +128,13 @@ def test_time_ends_training_and_measuring_takes_none(contest: Contest) -> None:
     assert 2.0 <= course["seconds"].iloc[-1] < 3.0
     assert len(course) >= 4
     assert course["kl"].iloc[-1] < course["kl"].iloc[0]
+
+
+def test_another_clock_may_count(contest: Contest) -> None:
+    ticks = itertools.count(0.0, 0.25)
+    course = head_only(replace(contest, steps=None, seconds=10.0, timer=lambda: next(ticks)), batch_tokens=256)
+    assert 10.0 <= course["seconds"].iloc[-1] < 11.0
+    assert (course["seconds"] % 0.25 == 0).all()
 
 
 def test_parameters_and_multiply_adds(contest: Contest, courses: dict[str, pd.DataFrame]) -> None:
