@@ -31,5 +31,5 @@ $(READY): pyproject.toml constraints.txt
 	  echo "CHASSIS needs Python 3.11; '$(PYTHON)' is not it. Install it, or say: make PYTHON=/path/to/python3.11" >&2; \
 	  exit 1; }
 	"$(PYTHON)" -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[book,lab,test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[book,lab,peft,test]"
 	@touch $@
