@@ -157,6 +157,19 @@ class _Rules(Evidence):
         v1, mended = (self.all("recovered", method, **where) for method in ("v1", "rrr"))
         return min(v1) >= 0.9, max(v1) < 0.1 and min(mended) >= 0.5 and len(v1) == len(mended)
 
+    def best_adapter(self) -> Decision:
+        of = self.frame[(self.frame["method"] == "v2") & (self.frame["metric"] == "recovered")]
+        lows = []
+        for expert, rank in of.groupby("expert")["rank"].max().items():
+            lows += self.all("recovered", "v2", "low", expert=expert, rank=rank, split="text")
+        return bool(lows) and min(lows) >= 0.75, False
+
+    def against_training(self) -> Decision:
+        ours = self.all("recovered", "v2", split="text")
+        rivals = [m for m in dict.fromkeys(self.frame["method"]) if m.startswith("lora")]
+        theirs = [share for m in rivals for share in self.all("recovered", m, split="text")]
+        return bool(theirs) and min(ours) >= max(theirs), False
+
 
 RULES = {name: decide for name, decide in vars(_Rules).items() if name in EXPERIMENTS}
 
