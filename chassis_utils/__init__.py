@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from .models import LanguageModel, bundled, load
     from .probes import Probes, passages, probe_set, written
     from .records import Records, read_records, results_table, write_table
-    from .refinement import refine
     from .solve import Gram, ridge
     from .statistics import Statistics, gather
 
@@ -29,7 +28,6 @@ _HOMES = {
     "models": ("LanguageModel", "bundled", "load"),
     "probes": ("Probes", "passages", "probe_set", "written"),
     "records": ("Records", "read_records", "results_table", "write_table"),
-    "refinement": ("refine",),
     "solve": ("Gram", "ridge"),
     "statistics": ("Statistics", "gather"),
 }

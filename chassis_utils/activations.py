@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers.decoders import ByteLevel
-from torch.nn.functional import kl_div
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
@@ -24,9 +22,6 @@ from .experts import SyntheticExpert
 from .models import LanguageModel, Place
 from .probes import Probes, probe_set
 from .records import replacing
-
-if TYPE_CHECKING:
-    from .adapter import Adapter
 
 Expert = LanguageModel | SyntheticExpert
 
@@ -96,80 +91,6 @@ class Activations:
         _same_base(self.base, expert)
         theirs = expert.transform(self.hidden[self.final].to(self.base.device)).cpu()
         return replace(self, expert=expert, expert_hidden=theirs)
-
-    def gradient(self, layer: int, after: Adapter | None = None, batch_tokens: int = 2048) -> torch.Tensor:
-        """Gradient of the summed KL(expert || adapted base) with respect to a layer's states, `(n, hidden)`.
-
-        One forward and one backward pass; no weight is touched. `after` is an adapter that is in place at the end.
-
-        Raises:
-            ChassisError: harvested at last positions only: a change earlier in the prompt would be missed.
-        """
-        if self.positions != "all":
-            raise ChassisError("gradients are taken at every position: harvest with positions='all'")
-        lever, final = _Lever(self.base.layer_number(layer)), self.final
-        model, ids = self.base.edited(lever), tokenize(self.base, self.probes)[0]
-        rows_of = torch.arange(len(self)).split([*map(len, ids)])
-        gradient = torch.zeros_like(self.layer(layer))
-        for batch in _batches(dict(enumerate(map(len, ids))), batch_tokens):
-            tokens, mask = _padded([ids[i] for i in batch])
-            with torch.enable_grad():
-                real = mask.bool()
-                state = {final: model.states(tokens, mask, grad=True)[final][real]}
-                rows = torch.cat([rows_of[i] for i in batch])
-                target = self.expert.readout(self.expert_hidden[rows].to(model.device))
-                ours = model.readout(state[final]) if after is None else after.logits(model, state)
-                kls = kl_div(ours.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True)
-                kls.backward()
-            gradient[rows] = lever.zero.grad[real].cpu()
-        return gradient
-
-    def save(self, folder: str | Path) -> Path:
-        """Write as `activations.safetensors`; read back with `Activations.load`."""
-        folder = _make(folder)
-        tensors = {f"hidden.{n}": h for n, h in self.hidden.items()} | {k: getattr(self, k) for k in _BESIDE}
-        meta = {"base": self.base.revision, "expert": self.expert.revision, "positions": self.positions}
-        meta["probes"] = json.dumps([self.probes.name, self.probes.split, self.probes.prompts])
-        meta["num_bytes"] = str(self.num_bytes)
-        return _write(tensors, folder / "activations.safetensors", meta)
-
-    @classmethod
-    def load(cls, folder: str | Path, base: LanguageModel, expert: Expert) -> Activations:
-        """Read what `save` wrote.
-
-        Raises:
-            ChassisError: nothing there, a damaged file, or activations of other models.
-        """
-        path = Path(folder) / "activations.safetensors"
-        tensors, meta = _read(path)
-        for role, model in (("base", base), ("expert", expert)):
-            if meta.get(role) != model.revision:
-                raise ChassisError(f"{path} was made with another {role} than {model.name}: harvest again")
-        name, split, prompts = json.loads(meta["probes"])
-        names = {k: k.removeprefix("hidden.") for k in tensors if k.startswith("hidden.")}
-        hidden = {int(name) if name.isdigit() else name: tensors[k] for k, name in names.items()}
-        rest = {k: tensors[k] for k in _BESIDE} | {"num_bytes": int(meta["num_bytes"])}
-        return cls(base, expert, Probes(name, split, tuple(prompts)), meta["positions"], hidden, **rest)
-
-
-@dataclass
-class _Lever:
-    """An edit that changes nothing and tells how much a change would."""
-
-    layer: int
-    revision: str = "lever"
-
-    @property
-    def reads(self) -> tuple[Place, ...]:
-        return (self.layer,)
-
-    @property
-    def changes(self) -> Place:
-        return self.layer
-
-    def correction(self, hidden: Mapping[Place, torch.Tensor]) -> torch.Tensor:
-        self.zero = torch.zeros_like(hidden[self.layer], requires_grad=True)
-        return self.zero
 
 
 def _order(place: Place) -> tuple[bool, int]:

@@ -458,21 +458,6 @@ def _projected(a: Activations, layer: int, lam: float, dim: int | None = None, s
     return _adapter(a, layer, lifted, bias @ projection.T, space="hidden", onto="nothing", info={"dim": dim})
 
 
-@method("descent")
-def _descent(a: Activations, layer: int, lam: float, after: Adapter | None = None, step: float = 0.1) -> Adapter:
-    """A step down the final KL as a map of one layer's state, to be put in place by `LanguageModel.edited`.
-
-    The target is minus the gradient of the KL at the end with respect to the state here, `after` being in place there
-    (boosting by functional gradients, Friedman 2001); the change is on average `step` times as long as the state.
-    """
-    x = a.layer(layer).double()
-    gram = Gram.of(x, -a.gradient(layer, after))
-    weight, bias = ridge(gram, lam)
-    scale = step * float(x.norm(dim=1).mean() / (x @ weight + bias).norm(dim=1).mean().clamp(min=1e-30))
-    factors = low_rank(weight * scale, gram.covariance)
-    return _adapter(a, layer, factors, bias * scale, space="hidden", onto="layer", info={"step": step})
-
-
 def _same_size(a: Activations) -> None:
     ours, theirs = a.base.hidden_size, a.expert_hidden.shape[1]
     if ours != theirs:

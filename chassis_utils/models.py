@@ -27,12 +27,6 @@ POCKET = Path(__file__).parent / "pocket"
 #: Where the final norm lives in the backbones of `transformers`.
 _NORM_NAMES = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm", "embedding_norm")
 
-#: What `LanguageModel.recast` takes over from a config, where it is there.
-_SIZES = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "max_position_embeddings rms_norm_eps rope_parameters tie_word_embeddings bos_token_id eos_token_id pad_token_id"
-).split()
-
 
 def bundled() -> list[str]:
     """Names of the models that come with the package."""
@@ -131,31 +125,6 @@ class LanguageModel:
             self._blocks()
         return self._with((*self.edits, *edits))
 
-    def recast(self, model_type: str, weights: bool = True, seed: int = 0) -> LanguageModel:
-        """A model of another architecture (`mistral`, `gpt2`, ...) with this one's sizes and tokenizer; no edits.
-
-        Weights of the same name and shape are copied; the rest, or without `weights` all, are drawn by `seed`.
-
-        Raises:
-            ChassisError: no such architecture, or one that these sizes or this package do not fit.
-        """
-        own = self.model.config.get_text_config().to_dict()
-        config = {name: own[name] for name in _SIZES if own.get(name) is not None}
-        try:
-            # OPT's names, and the scale of attention that Granite leaves open.
-            config |= {"word_embed_proj_dim": self.hidden_size, "ffn_dim": own["intermediate_size"]}
-            config |= {"attention_multiplier": (self.hidden_size // own["num_attention_heads"]) ** -0.5}
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                other = AutoConfig.for_model(model_type, **config)
-                model = AutoModelForCausalLM.from_config(other, dtype=self.model.dtype).to(self.device)
-            ours, drawn = self.model.state_dict() if weights else {}, model.state_dict()
-            model.load_state_dict(drawn | {k: t for k, t in ours.items() if k in drawn and t.shape == drawn[k].shape})
-            return LanguageModel(f"{self.name} as {model_type}{'' if weights else ', random'}", model, self.tokenizer)
-        except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise ChassisError(f"{self.name} cannot be recast as '{model_type}': {reason}") from error
-
     @property
     def bare(self) -> LanguageModel:
         """The model without its edits; itself where there are none."""
@@ -221,13 +190,15 @@ class LanguageModel:
 
         def linear(number: int, _: torch.nn.Module, args: tuple) -> None:
             # Maps that read the same tensor (queries, keys, values) count once; experts that see a part of the
-            # tokens (mixtures) not at all.
-            known = inputs.setdefault(number, [])
-            if args[0].shape[:2] == seen[number].shape[:2] and not any(args[0] is one for one in known):
+            # tokens (mixtures) not at all. Some blocks lay all tokens in one row.
+            (rows, length), known = seen[number].shape[:2], inputs.setdefault(number, [])
+            whole = args[0].shape[:2] == (rows, length) or len(args[0]) == rows * length
+            if whole and not any(args[0] is one for one in known):
                 known.append(args[0])
 
         def leave(number: int, *_: object) -> None:
-            seen[f"block {number}"] = torch.cat([one.float() for one in inputs.pop(number)], dim=-1)
+            parts = [one.float().reshape(*seen[number].shape[:2], -1) for one in inputs.pop(number)]
+            seen[f"block {number}"] = torch.cat(parts, dim=-1)
 
         blocks = {int(place.split()[1]) for place in places if isinstance(place, str) and place != "stream"}
         layers = {place for place in places if isinstance(place, int) and place < self.num_layers}

@@ -208,21 +208,6 @@ def test_a_harvest_that_was_cut_off_goes_on(sharded: tuple, monkeypatch: pytest.
     assert sum(base_calls) == 90
 
 
-def test_activations_come_back_to_the_bit(activations: Activations, text: Activations, tmp_path: Path) -> None:
-    for name, a in (("last", activations), ("all", text)):
-        path = a.save(tmp_path / name)
-        assert [p.name for p in path.parent.iterdir()] == ["activations.safetensors"]
-        assert_equal(Activations.load(tmp_path / name, a.base, a.expert), a)
-    with refused("another base", activations.expert.name):
-        Activations.load(tmp_path / "all", text.expert, text.expert)
-    with refused("another expert", activations.base.name):
-        Activations.load(tmp_path / "all", text.base, text.base)
-    path.write_bytes(path.read_bytes()[:500])
-    for folder in ("all", "none"):
-        with refused("activations.safetensors", "missing or damaged"):
-            Activations.load(tmp_path / folder, text.base, text.expert)
-
-
 # -------------------------------------------------------------------------------------- wrong inputs
 
 
@@ -331,8 +316,6 @@ def test_a_folder_that_cannot_be_written_is_refused(activations: Activations, tm
     for folder in (blocked, blocked / "below"):
         with refused(str(folder), "cannot write"):
             again(activations, folder)
-        with refused(str(folder), "cannot write"):
-            activations.save(folder)
     assert blocked.read_text() == "in the way"
 
 

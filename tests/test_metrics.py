@@ -57,7 +57,7 @@ def test_every_figure_is_what_its_name_says(activations: Activations, unseen: Pr
 def test_blocks_and_harvested_activations_change_nothing(
     activations: Activations, unseen: Probes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, expert, adapter = activations.base, activations.expert, fit(activations, rank=4)
+    base, expert, adapter = activations.base, activations.expert, fit(activations, "rrr", rank=4)
     table = evaluate(base, expert, adapter, unseen)
     monkeypatch.setattr("chassis_utils.metrics.BLOCK", 7 * base.vocab_size)
     a = harvest(base, expert, unseen, progress=False)
@@ -121,7 +121,7 @@ def test_a_first_token_that_is_half_a_character_costs_its_bytes_only(gpt2: Langu
 def test_real_text_is_judged_at_every_position(activations: Activations) -> None:
     base, expert = activations.base, activations.expert
     tokens = sum(len(base.tokenizer(text)["input_ids"]) for text in TEXTS)
-    table = evaluate(base, expert, fit(activations), [Probes("words", split, TEXTS) for split in ("text", "val")])
+    table = evaluate(base, expert, fit(activations, "rrr"), [Probes("words", s, TEXTS) for s in ("text", "val")])
     assert table.n.tolist() == [tokens, tokens, 2, 2]
     last = evaluate(base, expert, [], Probes("words", "text", TEXTS), positions="last")
     assert last.n.tolist() == [2] and last.bits_per_byte.isna().all()
@@ -132,7 +132,7 @@ def test_real_text_is_judged_at_every_position(activations: Activations) -> None
 
 def test_a_prompt_that_was_fitted_on_is_refused_unless_asked_for(activations: Activations, unseen: Probes) -> None:
     pair = activations.base, activations.expert
-    adapter = fit(activations, rank=2)
+    adapter = fit(activations, "rrr", rank=2)
     leaky = Probes("leaky", "test", (*unseen.prompts, activations.probes.prompts[7]))
     with refused("1 prompt", "'leaky'", "allow_overlap"):
         evaluate(*pair, adapter, leaky)
@@ -141,7 +141,7 @@ def test_a_prompt_that_was_fitted_on_is_refused_unless_asked_for(activations: Ac
 
 
 def test_the_leak_is_noticed_after_saving(activations: Activations, tmp_path: Path) -> None:
-    adapter = Adapter.load(fit(activations, rank=2).save(tmp_path / "adapter"))
+    adapter = Adapter.load(fit(activations, "rrr", rank=2).save(tmp_path / "adapter"))
     with refused("'rivers'", "fitted on"):
         evaluate(activations.base, activations.expert, adapter, Probes("rivers", "val", activations.probes.prompts[:3]))
 
@@ -150,13 +150,14 @@ def test_what_does_not_belong_together_is_refused(
     activations: Activations, synthetic: SyntheticExpert, unseen: Probes
 ) -> None:
     base, expert = activations.base, activations.expert
-    adapter = fit(activations, rank=2)
+    adapter = fit(activations, "rrr", rank=2)
     with refused(base.name, expert.name):
         evaluate(expert, base, adapter, unseen)
     with refused(expert.name, "harvest"):
         evaluate(base, synthetic, adapter, activations)
     with refused("layer 1", "2, 3"):
-        evaluate(base, expert, fit(activations, layer=1), harvest(base, expert, unseen, layers=[2], progress=False))
+        second = harvest(base, expert, unseen, layers=[2], progress=False)
+        evaluate(base, expert, fit(activations, "rrr", layer=1), second)
     with refused("positions", "first"):
         evaluate(base, expert, adapter, unseen, positions="first")
 
@@ -177,7 +178,7 @@ def test_what_does_not_belong_together_is_refused(
 def test_arguments_of_another_kind_are_refused(
     activations: Activations, unseen: Probes, place: int, wrong: object, words: tuple[str, ...]
 ) -> None:
-    arguments = [activations.base, activations.expert, fit(activations, rank=2), unseen]
+    arguments = [activations.base, activations.expert, fit(activations, "rrr", rank=2), unseen]
     with refused(*words):
         evaluate(*arguments[:place], wrong, *arguments[place + 1 :])
 
@@ -211,9 +212,9 @@ def test_the_interval_over_prompts_covers_as_often_as_it_says() -> None:
 
 def test_every_row_has_its_interval(activations: Activations, unseen: Probes) -> None:
     base, expert = activations.base, activations.expert
-    table = evaluate(base, expert, fit(activations, rank=4), unseen)
+    table = evaluate(base, expert, fit(activations, "rrr", rank=4), unseen)
     assert (table.kl_low < table.kl).all() and (table.kl < table.kl_high).all()
     assert table.recovered_low[0] == table.recovered_high[0] == 0
     assert table.recovered_low[1] < table.recovered[1] < table.recovered_high[1]
-    alone = evaluate(base, expert, fit(activations, rank=4), Probes("one", "test", unseen.prompts[:1]))
+    alone = evaluate(base, expert, fit(activations, "rrr", rank=4), Probes("one", "test", unseen.prompts[:1]))
     assert alone[["kl_low", "kl_high", "recovered_low", "recovered_high"]].isna().all(axis=None)

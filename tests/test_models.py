@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from chassis_utils import LanguageModel, load
 from pocket_recipe import gpt2_tokenizer, llama_tokenizer
+from recast import recast
 
 IDS = torch.tensor([[1, 260, 270, 280, 290]])
 
@@ -225,7 +226,7 @@ def test_the_shared_tokenizer_keeps_every_text(base: LanguageModel) -> None:
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "granite"])
 def test_weights_carried_to_code_of_the_same_function_give_the_same_logits(base: LanguageModel, kind: str) -> None:
-    twin = base.recast(kind)
+    twin = recast(base, kind)
     assert twin.model.config.model_type == kind and twin.tokenizer is base.tokenizer
     for model in (base, twin):
         assert model.num_layers == 3
@@ -239,16 +240,16 @@ def test_random_weights_are_drawn_by_seed_and_leave_the_generator_alone(base: La
     torch.manual_seed(5)
     wanted = torch.rand(3)
     torch.manual_seed(5)
-    one, again, other = (base.recast("gpt2", weights=False, seed=seed) for seed in (0, 0, 1))
+    one, again, other = (recast(base, "gpt2", weights=False, seed=seed) for seed in (0, 0, 1))
     torch.testing.assert_close(torch.rand(3), wanted)
     assert one.revision == again.revision != other.revision
     assert (one.hidden_size, one.num_layers, one.vocab_size) == (base.hidden_size, 3, base.vocab_size)
-    copied, drawn = (base.recast("mistral", weights).model.lm_head.weight for weights in (True, False))
+    copied, drawn = (recast(base, "mistral", weights).model.lm_head.weight for weights in (True, False))
     assert torch.equal(copied, base.model.lm_head.weight) and not torch.equal(drawn, copied)
 
 
 def test_an_architecture_that_does_not_exist_or_fit_is_refused(base: LanguageModel) -> None:
     with refused("abacus", base.name):
-        base.recast("abacus")
+        recast(base, "abacus")
     with refused("t5", base.name):  # an encoder and decoder: no causal model
-        base.recast("t5")
+        recast(base, "t5")

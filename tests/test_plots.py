@@ -14,6 +14,7 @@ import pytest
 
 from chassis_utils import plots
 from chassis_utils.errors import ChassisError
+from phase import phase_diagram
 
 IDENTITY = {"text": 2.9, "train": 0.62, "val": 0.66, "template": 1.3, "test": 0.67}
 RANKS = (4, 8, 16, 32, 64, 128)
@@ -298,7 +299,7 @@ PHASE = pd.concat([grid(("rrr", "v1"), layers=(6,)).assign(
 
 
 def test_the_phase_diagram_shows_one_map_and_the_right_one_under_every_choice() -> None:
-    figure = json.loads(plots.phase_diagram(PHASE, split="text").to_json())
+    figure = json.loads(phase_diagram(PHASE, split="text").to_json())
     controls = [*(menu["buttons"] for menu in figure["layout"]["updatemenus"]), figure["layout"]["sliders"][0]["steps"]]
     chosen = [menu["buttons"][menu["active"]] for menu in figure["layout"]["updatemenus"]]
     chosen.append(controls[2][figure["layout"]["sliders"][0]["active"]])
@@ -321,7 +322,7 @@ def test_the_phase_diagram_shows_one_map_and_the_right_one_under_every_choice() 
 
 def test_a_place_of_the_phase_diagram_that_was_not_measured_stays_empty_and_bad_frames_are_refused() -> None:
     part = PHASE[(PHASE["expert_rank"] == 2) | (PHASE["rank"] == 8)]
-    figure = plots.phase_diagram(part)
+    figure = phase_diagram(part)
     assert figure.data[0].z[1].count(None) == len(RANKS) - 1 and figure.data[0].z[0].count(None) == 0
     assert "NaN" not in figure.to_json() and "no adapter" not in figure.layout.meta["alt"]
     assert "on test, fitted on 768 prompts" in figure.layout.meta["alt"]
@@ -330,7 +331,7 @@ def test_a_place_of_the_phase_diagram_that_was_not_measured_stays_empty_and_bad_
                                     (PHASE, {"method": "lora"}, "no method 'lora'"),
                                     (PHASE, {"split": "dev"}, "no split")):
         with pytest.raises(ChassisError, match=message):
-            plots.phase_diagram(frame, **options)
+            phase_diagram(frame, **options)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import refused
 
-from chassis_utils import Activations, Adapter, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, refine
+from chassis_utils import Activations, Adapter, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest
 from chassis_utils.metrics import kl
-from chassis_utils.refinement import REFINERS
+from refinement import REFINERS, refine
 
 
 @pytest.fixture(scope="module")

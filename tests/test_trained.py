@@ -15,6 +15,7 @@ from conftest import make, refused
 
 from chassis_utils import Activations, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load, probe_set
 from chassis_utils.models import tensor_hash
+from recast import recast
 from trained import Contest, choose_lr, head_only, lora, multiply_adds, proxy, tuned_lens, weight_svd
 
 HIDDEN, VOCAB, RANK = 192, 4096, 4
@@ -253,7 +254,7 @@ def test_another_tokenizer_is_refused(contest: Contest, prompts: Probes) -> None
 
 def test_weights_of_another_architecture_are_not_subtracted(contest: Contest, prompts: Probes) -> None:
     for kind in ("gpt2", "mistral"):
-        other = contest.expert.recast(kind)
+        other = recast(contest.expert, kind)
         held = harvest(contest.base, other, contest.held.probes, "all", [-1], progress=False)
         against = Contest(contest.base, other, prompts, held, steps=1)
         if kind == "gpt2":

@@ -11,9 +11,8 @@ import pandas as pd
 import torch
 from torch.linalg import vecdot
 
-from .activations import Activations
-from .adapter import Adapter, heads
-from .errors import ChassisError
+from chassis_utils import Activations, Adapter, ChassisError
+from chassis_utils.adapter import heads
 
 #: (training rows, starting adapter, steps, step size) to the adapter after each step.
 Refiner = Callable[["_Rows", Adapter, int, float], Iterator[Adapter]]
