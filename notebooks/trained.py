@@ -41,7 +41,7 @@ POINTS = tuple(2.0**-k for k in range(5, 0, -1))
 LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 BLOCK = 4096  # rows of logits at a time
 
-_COLUMNS = ["kl", "recovered", "top1_agreement", "bits_per_byte"]
+_COLUMNS = ["kl", "kl_low", "kl_high", "recovered", "top1_agreement", "bits_per_byte"]
 
 Batch = list[int]  # prompt numbers
 
@@ -96,7 +96,7 @@ class Contest:
         return tokenize(self.base, self.held.probes)[0]
 
     def measure(self, port: LanguageModel, states: torch.Tensor | None = None) -> dict[str, float]:
-        """`kl` (nats), `recovered`, `top1_agreement` and `bits_per_byte` of a model on the held-out text.
+        """`kl` (nats) with its 95% interval, `recovered`, `top1_agreement`, `bits_per_byte` of a model on held-out text.
 
         `states (n, hidden)` are what its head reads, if no pass is to be made.
         """

@@ -165,10 +165,10 @@ class _Rules(Evidence):
         return bool(lows) and min(lows) >= 0.75, False
 
     def against_training(self) -> Decision:
-        ours = self.all("recovered", "v2", split="text")
+        ours = self.all("kl", "v2", split="text")
         rivals = [m for m in dict.fromkeys(self.frame["method"]) if m.startswith("lora")]
-        theirs = [share for m in rivals for share in self.all("recovered", m, split="text")]
-        return bool(theirs) and min(ours) >= max(theirs), False
+        theirs, times = ([x for m in rivals for x in self.all(of, m, split="text")] for of in ("kl", "ratio"))
+        return bool(theirs) and min(times) >= 1 and max(ours) <= min(theirs), False
 
 
 RULES = {name: decide for name, decide in vars(_Rules).items() if name in EXPERIMENTS}
