@@ -96,7 +96,7 @@ class Contest:
         return tokenize(self.base, self.held.probes)[0]
 
     def measure(self, port: LanguageModel, states: torch.Tensor | None = None) -> dict[str, float]:
-        """`kl` (nats) with its 95% interval, `recovered`, `top1_agreement`, `bits_per_byte` of a model on held-out text.
+        """`kl` (nats) with its 95% interval, `recovered`, `top1_agreement` and `bits_per_byte` on the held-out text.
 
         `states (n, hidden)` are what its head reads, if no pass is to be made.
         """
