@@ -23,13 +23,18 @@ RANKS = (4, 8, 16, 32, 64, 128)
 
 
 def text(base: LanguageModel, corpora: str, domain: str, split: str, tokens: int) -> Probes:
-    """Documents of a split, in order, until there are so many tokens; those too long for the base are left out."""
+    """Documents of a split, in order, until there are so many tokens; in pieces that the base can read."""
     chosen, total = [], 0
     for document in read_corpora(corpora, split)[domain]:
-        length = len(base.tokenizer(document, verbose=False)["input_ids"])
-        if length <= base.context and total < tokens:
-            chosen.append(document)
-            total += length
+        # Scenes are longer than the base reads: they are cut at line ends, at about a thousand characters.
+        lines = document.splitlines(keepends=True)
+        ends = [sum(map(len, lines[: i + 1])) // 1000 for i in range(len(lines))]
+        for part in range(ends[-1] + 1):
+            piece = "".join(line for line, end in zip(lines, ends, strict=True) if end == part).strip()
+            length = len(base.tokenizer(piece, verbose=False)["input_ids"])
+            if piece and length <= base.context and total < tokens:
+                chosen.append(piece)
+                total += length
     return Probes(f"{domain} corpus", "text" if split == "test" else split, tuple(chosen))
 
 

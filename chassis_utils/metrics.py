@@ -107,13 +107,15 @@ def evaluate(
             plain = harvest(base.bare, expert, given.probes, given.positions, [-1], progress=False)
         if plain.base.edits or plain.probes.digest != given.probes.digest or len(plain) != len(given):
             raise ChassisError(f"bare[{place}] is not the bare base on '{given.probes.name}': give the same order")
+        by_adapter: dict[int, dict] = {}
         for edits, several in groups.items():
             here, wanted = given, _places(several)
             if edits or any(isinstance(place, str) and place not in given.hidden for place in wanted):
                 port = base.edited(*several[0].edits) if edits else base
                 here = harvest(port, expert, given.probes, given.positions, wanted, progress=False)
-            found = _evaluate(here, several, plain.hidden[plain.final], allow_overlap)
-            rows += found[1:] if edits else found
+            bare_row, *found = _evaluate(here, several, plain.hidden[plain.final], allow_overlap)
+            by_adapter |= dict(zip(map(id, several), found, strict=True))
+        rows += [bare_row, *(by_adapter[id(one)] for one in adapters)]
     return pd.DataFrame(rows)
 
 

@@ -159,16 +159,20 @@ class _Rules(Evidence):
 
     def best_adapter(self) -> Decision:
         of = self.frame[(self.frame["method"] == "v2") & (self.frame["metric"] == "recovered")]
-        lows = []
+        lows: list[float] = []
+        if of.empty:
+            raise LookupError("no recovered of v2")
         for expert, rank in of.groupby("expert")["rank"].max().items():
             lows += self.all("recovered", "v2", "low", expert=expert, rank=rank, split="text")
-        return bool(lows) and min(lows) >= 0.75, False
+        return min(lows) >= 0.75, False
 
     def against_training(self) -> Decision:
         ours = self.all("kl", "v2", split="text")
         rivals = [m for m in dict.fromkeys(self.frame["method"]) if m.startswith("lora")]
+        if not rivals:
+            raise LookupError("no kl of lora")
         theirs, times = ([x for m in rivals for x in self.all(of, m, split="text")] for of in ("kl", "ratio"))
-        return bool(theirs) and min(times) >= 1 and max(ours) <= min(theirs), False
+        return min(times) >= 1 and max(ours) <= min(theirs), False
 
 
 RULES = {name: decide for name, decide in vars(_Rules).items() if name in EXPERIMENTS}
