@@ -17,7 +17,7 @@ from chassis_utils import ChassisError, LanguageModel, Probes, evaluate, fit, ha
 sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
 from pocket_recipe import read_corpora  # noqa: E402
 
-RESULTS = Path(__file__).with_name("corpora.json")
+RESULTS = Path(__file__).parents[1] / "notebooks" / "corpora.json"
 EXPERTS = {"pocket-math": "math", "pocket-shakespeare": "verse"}
 RANKS = (4, 8, 16, 32, 64, 128)
 
@@ -39,7 +39,7 @@ def text(base: LanguageModel, corpora: str, domain: str, split: str, tokens: int
 
 
 def main() -> None:
-    """Fit, judge, print the table, write `corpora.json`."""
+    """Fit, judge, print the table, write `notebooks/corpora.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpora", required=True, help="folder as the recipe of the pocket models reads it")
     parser.add_argument("--tokens", type=int, default=60_000, help="to fit on")
