@@ -89,6 +89,8 @@ class Contest:
             raise ChassisError(f"steps = {self.steps}: give zero or more")
         row = evaluate(base, expert, [], held).iloc[0]
         self.identity = {name: float(row[name]) for name in ("kl", "top1_agreement", "bits_per_byte")}
+        if self.identity["kl"] < 1e-12:
+            raise ChassisError(f"{expert.name} answers as {base.name} does on the held-out text: nothing to recover")
 
     @cached_property
     def held_ids(self) -> list[list[int]]:
@@ -103,7 +105,7 @@ class Contest:
         states = _pass(port, self.held_ids, port.num_layers) if states is None else states
         given = replace(self.held, base=port, hidden={port.num_layers: states})
         row = evaluate(port, self.expert, [], given).iloc[0]
-        share = 1 - row["kl"] / self.identity["kl"] if self.identity["kl"] > 1e-12 else math.nan
+        share = 1 - row["kl"] / self.identity["kl"]
         return {name: float(share if name == "recovered" else row[name]) for name in _COLUMNS}
 
 

@@ -30,12 +30,12 @@ def pocket() -> tuple[LanguageModel, LanguageModel]:
 
 @pytest.fixture(scope="module")
 def prompts() -> Probes:
-    return probe_set("math-text", "train", 20)
+    return probe_set("math-text", "train", 16)
 
 
 @pytest.fixture(scope="module")
 def held(pocket: tuple[LanguageModel, LanguageModel]) -> Activations:
-    return harvest(*pocket, probe_set("math-text", "val", 4), "all", [-2], progress=False)
+    return harvest(*pocket, probe_set("math-text", "val", 3), "all", [-2], progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_a_lens_at_the_final_layer_can_reach_below_the_closed_one(contest: Conte
     # trained one goes down the KL and the closed one the squares.
     own = harvest(contest.base, contest.expert, prompts, "all", [-1], progress=False)
     closed = evaluate(contest.base, contest.expert, fit(own, "lens"), own).iloc[1]["kl"]
-    there = Contest(contest.base, contest.expert, prompts, own, steps=40)
+    there = Contest(contest.base, contest.expert, prompts, own, steps=25)
     course = tuned_lens(there, -1, optimizer="muon", lr=2e-2)
     assert course["layer"].iloc[0] == contest.base.num_layers
     assert course["kl"].iloc[-1] < closed
@@ -236,6 +236,9 @@ def test_bad_input(contest: Contest, pocket: tuple[LanguageModel, LanguageModel]
         Contest(base, expert, prompts, contest.held)
     with refused("steps = -1"):
         replace(contest, steps=-1)
+    with refused("nothing to recover"):
+        twin = load("pocket-base", device="cpu")
+        Contest(base, twin, prompts, harvest(base, twin, contest.held.probes, "all", [-1], progress=False), steps=1)
     with refused("harvest this pair"):
         Contest(base, load("pocket-shakespeare", device="cpu"), prompts, contest.held, steps=1)
     with refused("positions 'last'"):
