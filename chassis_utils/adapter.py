@@ -221,7 +221,7 @@ class Adapter:
             raise ChassisError(f"{folder} has adapter format {known}, this version reads {FORMAT}: fit it again")
         if base is not None:
             adapter.check_base(base)
-        return adapter
+        return adapter if base is None else adapter.to(base.device)
 
     def _check(self) -> None:
         rank, m = self.up.shape
@@ -269,7 +269,7 @@ def fit(
             `projected` (experiment 2), `lens`.
         rank: of the map; None keeps all, to be cut later by `Adapter.at_rank`.
         layer: of the base, negative from the last.
-        lam: ridge penalty on the sum of squares, 1e-3 unless given; `v2` chooses its own.
+        lam: ridge penalty on the sum of squares, 1e-3 unless given; `v2` chooses its own, as a share of the rows.
         **options: of the method; `fit` names those that a method does not know.
 
     Raises:
@@ -280,7 +280,7 @@ def fit(
 
     sums = isinstance(activations, Statistics)
     if not sums and not isinstance(activations, Activations):
-        raise ChassisError(f"activations is a {type(activations).__name__}: give what harvest returns")
+        raise ChassisError(f"activations is a {type(activations).__name__}: give what harvest or gather returns")
     if not isinstance(method, str) or method not in METHODS:
         raise ChassisError(f"no method '{method}': choose from {', '.join(sorted(METHODS))}")
     if sums and method not in ("ridge", "rrr", "v2"):

@@ -1,4 +1,4 @@
-"""v2: the expert imitated block by block in closed form, then its logits read; every choice made by held-out KL."""
+"""v2: the expert imitated block by block in closed form, then its logits read; every choice made on held-out rows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _v2(
        ridge on what the block's own linear maps read, block after block, each on the states the earlier ones cause.
     2. The final state, the one before and the last block's inner values are mapped, by ridge on the difference to
        base logits centred over the vocabulary, to all columns; lower ranks by reduced rank in the KL's own metric.
-    3. Every lam, the features, and whether to edit at all are chosen by KL on every eighth prompt, held out.
+    3. On every eighth prompt, held out, are chosen: lam of the edits by squares, the rest, and whether to edit, by KL.
 
     From `Statistics`, which cannot be run again, it is the second step on what they hold. `lam` is a share of the rows
     here; `blocks` False leaves the first step out; `edit_rank` cuts its maps.
@@ -44,13 +44,11 @@ def _v2(
     base, final, lams = a.base, a.base.num_layers, LAMS if lam is None else (lam,)
     if layer != final:
         raise ChassisError(f"v2 reads out at the final layer, {final}, and edits those before: leave layer at -1")
+    if a.expert.revision == base.revision:
+        raise ChassisError(f"{a.expert.name} is {base.name} itself: nothing to recover, the share is undefined")
     if isinstance(a, Statistics):
         state = [Features((final,))] if final in a.features.places else []
         return _read_out(a, [*state, a.features], metric, lams)[1]
-    if a.expert.revision == base.revision:
-        raise ChassisError(
-            f"{a.expert.name} is {base.name} itself: nothing to adapt, and a recovered share is undefined"
-        )
     run = {"positions": a.positions, "progress": progress}
     near = Features((final, final - 1, f"block {final - 1}"))
     edited = blocks and same_shape(base, a.expert)
@@ -81,7 +79,7 @@ def _imitation(stats: Statistics, lams: Sequence[float], rank: int | None) -> Ad
     base, stream = stats.base, stats.layer == "stream"
     parts["onto"], layer = ("stream", base.num_layers) if stream else ("layer", stats.layer)
     edit = Adapter("imitation", layer, down, up, bias.float(), base.name, base.head_hash, **parts)
-    return edit if rank is None else edit.at_rank(min(rank, edit.rank))
+    return (edit if rank is None else edit.at_rank(min(rank, edit.rank))).to(base.device)
 
 
 def _ridges(gram: Gram, lams: Sequence[float]) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
@@ -105,7 +103,8 @@ def _read_out(
     base, (x, y) = stats.base, stats.kept
     both, shift = heads(stats)
     cut = stats.expert.readout.weight.shape[1]
-    target, start = stats.expert.readout(y[:, :cut]), base.readout.linear(y[:, cut:])
+    y = y.to(base.device)
+    target, start = stats.expert.readout(y[:, :cut]).cpu(), base.readout.linear(y[:, cut:]).cpu()
     places = dict(zip(stats.features.places, stats.features.sizes(base), strict=False))
     tried = []
     for features in choices:

@@ -32,8 +32,9 @@ class Features:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "places", tuple(self.places))
-        if not self.places or self.random < 0 or self.kind not in KINDS or not self.width > 0:
-            wanted = f"at least one place, random >= 0, kind {' or '.join(KINDS)}, width > 0"
+        odd = len({*self.places}) < len(self.places) or any(isinstance(p, int) and p < 0 for p in self.places)
+        if not self.places or odd or self.random < 0 or self.kind not in KINDS or not self.width > 0:
+            wanted = f"at least one place, each once, from 0; random >= 0; kind {' or '.join(KINDS)}; width > 0"
             raise ChassisError(f"{self} cannot be read: give {wanted}")
 
     def __call__(self, hidden: Mapping[Place, torch.Tensor]) -> torch.Tensor:

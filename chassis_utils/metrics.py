@@ -113,9 +113,9 @@ def evaluate(
             if edits or any(isinstance(place, str) and place not in given.hidden for place in wanted):
                 port = base.edited(*several[0].edits) if edits else base
                 here = harvest(port, expert, given.probes, given.positions, wanted, progress=False)
-            bare_row, *found = _evaluate(here, several, plain.hidden[plain.final], allow_overlap)
-            by_adapter |= dict(zip(map(id, several), found, strict=True))
-        rows += [bare_row, *(by_adapter[id(one)] for one in adapters)]
+            first, *found = _evaluate(here, several, plain.hidden[plain.final], allow_overlap)
+            by_adapter |= dict(zip(map(id, several), found, strict=True)) | {0: by_adapter.get(0, first)}
+        rows += [by_adapter[0], *(by_adapter[id(one)] for one in adapters)]
     return pd.DataFrame(rows)
 
 

@@ -52,7 +52,10 @@ class Statistics:
             if getattr(self, what) != getattr(other, what):
                 pair = f"{getattr(self, what)} and {getattr(other, what)}"
                 raise ChassisError(f"these statistics are of other {what}, {pair}: gather both alike")
-        kept = tuple(torch.cat(pair)[:KEPT] for pair in zip(self.kept, other.kept, strict=True))
+        kept = tuple(torch.cat(pair) for pair in zip(self.kept, other.kept, strict=True))
+        kept = tuple(part[:: -(-len(part) // KEPT)] for part in kept)
+        if any(one.fingerprints & two.fingerprints for one in self.probes for two in other.probes):
+            raise ChassisError("some prompts are in both statistics: gather every prompt once")
         sums = {name: getattr(self, name) + getattr(other, name) for name in ("train", "held")}
         return replace(self, probes=self.probes + other.probes, kept=kept, **sums)
 
@@ -88,7 +91,7 @@ def gather(
     layer = base.layer_number(layer)
     if positions not in ("last", "all"):
         raise ChassisError(f"positions = '{positions}': choose last or all")
-    if layer != base.num_layers and not same_shape(base, expert):
+    if layer != base.num_layers and (str(layer).startswith("block") or not same_shape(base, expert)):
         raise ChassisError(f"{expert.name} has no layer {layer} of the size of {base.name}'s: only the final one")
     ids, _ = checked_ids(base, expert, probes)
     fold = min(FOLD, len(ids))
@@ -99,7 +102,8 @@ def gather(
     p, q = sum(features.sizes(base)), base.hidden_size
     q += expert.readout.weight.shape[1] if layer == base.num_layers else 0
     _check_memory(p, q)
-    train, held = (Gram.zeros(p, q, base.device) for _ in range(2))
+    wanted = [*dict.fromkeys([*features.places, layer])]
+    train, held = (Gram.zeros(p, q) for _ in range(2))
     lengths = [len(one) if positions == "all" else 1 for one in ids]
     every, passed = -(-sum(lengths[fold - 1 :: fold]) // KEPT), 0
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -110,7 +114,7 @@ def gather(
         if positions == "last":
             real &= mask.cumsum(1) == mask.sum(1, keepdim=True)
         prompt = torch.tensor(batch)[:, None].expand_as(real)[real].to(base.device)
-        hidden = {place: state[real] for place, state in base.states(tokens, mask, _places(features, layer)).items()}
+        hidden = {place: state[real] for place, state in base.states(tokens, mask, wanted).items()}
         if isinstance(expert, LanguageModel):
             theirs = expert.states(tokens, mask, [layer if layer != base.num_layers else expert.num_layers])
             target = next(iter(theirs.values()))[real].to(base.device)
@@ -123,12 +127,12 @@ def gather(
             where = f"prompt {int(prompt[~good][0])} of '{probes.name}'"
             both = f"{base.name} or {expert.name}"
             raise ChassisError(f"{both} gives NaN or infinity on {where}: try dtype float32, or leave that prompt out")
-        out = prompt % fold == fold - 1
+        x, y, out = x.cpu(), y.cpu(), (prompt % fold == fold - 1).cpu()
         train.update(x[~out], y[~out])
         held.update(x[out], y[out])
         some = slice(-passed % every, None, every)
         passed += int(out.sum())
-        kept.append((x[out][some].cpu(), y[out][some].cpu()))
+        kept.append((x[out][some], y[out][some]))
         bar.update(len(batch))
     bar.close()
     rows = torch.cat([x for x, _ in kept]), torch.cat([y for _, y in kept])
@@ -139,10 +143,6 @@ def same_shape(base: LanguageModel, expert: Expert) -> bool:
     """Whether the expert has the base's layers and hidden size, so that states can be subtracted layer by layer."""
     alike = isinstance(expert, LanguageModel) and expert.num_layers == base.num_layers
     return alike and expert.hidden_size == base.hidden_size
-
-
-def _places(features: Features, layer: Place) -> list[Place]:
-    return [*dict.fromkeys([*features.places, layer])]
 
 
 def _check_memory(p: int, q: int) -> None:

@@ -116,6 +116,8 @@ def test_statistics_of_other_models_or_features_do_not_add_up(
     one = gather(base, expert, prompts, Features((3,)), progress=False)
     with refused("another expert", synthetic.name, expert.name):
         one + gather(base, synthetic, prompts, Features((3,)), progress=False)
+    with refused("in both statistics", "once"):
+        one + one
     with refused("other features", "(2,)"):
         one + gather(base, expert, prompts, Features((2,)), progress=False)
 
@@ -125,7 +127,16 @@ def test_too_many_features_are_refused_before_anything_runs(base: LanguageModel,
         gather(base, expert, probe_set("mixed", "train", 8), Features((3,), random=1_000_000), progress=False)
 
 
-@pytest.mark.parametrize("features", [{"places": ()}, {"places": (1,), "random": -1}, {"places": (1,), "kind": "sine"}])
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"places": ()},
+        {"places": (-1,)},
+        {"places": (1, 1)},
+        {"places": (1,), "random": -1},
+        {"places": (1,), "kind": "sine"},
+    ],
+)
 def test_features_that_cannot_be_read_are_refused(features: dict) -> None:
     with refused("cannot be read", "at least one place"):
         Features(**features)
