@@ -54,7 +54,7 @@ def _v2(
     edited = blocks and same_shape(base, a.expert)
     # Without edits, earlier layers hold what the last ones lost; with them, it was put right on the way.
     widest = near if edited else Features((*near.places, *range(final - 1)))
-    choices = [Features((final,)), near, *([] if edited else [widest])]
+    choices = list(dict.fromkeys([Features((final,)), near, widest]))
     reached, best = _read_out(gather(base, a.expert, a.probes, widest, **run), choices, metric, lams)
     if edited:
         edits: list[Adapter] = []
@@ -115,7 +115,8 @@ def _read_out(
         keep += range(first, x.shape[1]) if features.random else ()
         columns = torch.tensor(keep)
         for lam, weight, bias in _ridges(stats.train.part(columns), lams):
-            ours = (x[:, columns] @ (weight @ both).float()) + (bias @ both + shift).float()
+            # Rows first: a product of the size of features times vocabulary is never made.
+            ours = (x[:, columns].double() @ weight + bias).float() @ both.float() + shift.float()
             tried.append((float(kl(target, base.readout.cap(start + ours)).mean()), lam, columns, features))
     reached, lam, columns, features = min(tried, key=lambda one: one[0])
     gram = stats.gram.part(columns)

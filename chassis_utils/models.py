@@ -299,9 +299,8 @@ class LanguageModel:
         input_ids, mask = input_ids.to(self.device), mask.to(self.device)
         inner = [layer for layer in layers if isinstance(layer, int) and layer != self.num_layers]
         # A block's inputs are known when the next block begins. What begins all rows is run to its end.
-        deep = {"stream": self.num_layers}
-        depth = max(p if isinstance(p, int) else deep.get(p) or int(p.split()[1]) + 1 for p in layers)
-        depth = self.num_layers if prefix else depth
+        whole_way = prefix or "stream" in layers
+        depth = self.num_layers if whole_way else max(p if isinstance(p, int) else int(p[6:]) + 1 for p in layers)
         whole = torch.cat([mask.new_ones(len(mask), len(prefix)), mask], dim=1)
         options = {"attention_mask": whole, "use_cache": bool(prefix)}
         if self._takes_positions:
