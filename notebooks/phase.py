@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from chassis_utils import ChassisError
-from chassis_utils.plots import STYLES, _buttons, _dropdowns, _finish, _measured, _numbers, _owned, style
+from plots import STYLES, _buttons, _dropdowns, _finish, _measured, _numbers, _owned, style
 
 
 def phase_diagram(

@@ -18,7 +18,7 @@ from conftest import walk
 from test_plots import grid
 
 from chassis_utils.mime import figure_html
-from chassis_utils.plots import METHODS, kl_vs_rank
+from plots import METHODS, kl_vs_rank
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -27,6 +27,8 @@ QUIET += ["--disable-component-update", "--disable-sync"]
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (apt-get install chromium)")
 
+#: A kernel works where the notebooks lie, beside what they import.
+NOTEBOOKS = ROOT / "notebooks"
 #: Page -> how many plots it must draw.
 PLOTS = {"index": 1, "two": 2, "none": 0, "table": 0}
 FIGURE = """
@@ -37,7 +39,7 @@ figure = figure.update_layout(title_text="KL <i>against</i> rank", xaxis_type="l
 """
 TABLE = """
 import pandas as pd
-from chassis_utils.plots import Table
+from plots import Table
 frame = pd.DataFrame({"method": ["a", "b", "c", "d", "e"], "kl": [0.5, 1e-9, 20000.0, float("nan"), 3.0],
                       "recovered": [0.05, 1.0, float("nan"), -2.0, 0.3], "rank": [2, 10, 9, None, 100]})
 frame["rank"] = frame["rank"].astype("Int64")
@@ -54,7 +56,7 @@ def notebook(folder: Path, name: str, cells: list[str]) -> None:
     book = nbformat.v4.new_notebook(cells=[opening, *map(nbformat.v4.new_code_cell, cells)], metadata=language)
     source = folder.parent / f"{name}.ipynb"
     nbformat.write(book, source)
-    papermill.execute_notebook(source, folder / f"{name}.ipynb", progress_bar=False)
+    papermill.execute_notebook(source, folder / f"{name}.ipynb", progress_bar=False, cwd=NOTEBOOKS)
 
 
 @pytest.fixture(scope="module")

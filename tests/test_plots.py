@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from chassis_utils import plots
+import plots
 from chassis_utils.errors import ChassisError
 from phase import phase_diagram
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import pytest
 from nbclient import NotebookClient
 
 from chassis_utils.errors import ChassisError
-from chassis_utils.widgets import explore
+from widgets import explore
 
 DRAW = """
 import plotly.graph_objects as go
 from chassis_utils.errors import ChassisError
-from chassis_utils.widgets import explore
+from widgets import explore
 def draw(method, rank, log):
     if method == "none":
         raise ChassisError(f"no figure for rank {rank}")
@@ -36,7 +37,8 @@ def run(monkeypatch: pytest.MonkeyPatch, headless: bool, *cells: str) -> tuple[l
     """Outputs of every cell after the first, and what stands in the explorer's output area at the end."""
     monkeypatch.setenv("CHASSIS_HEADLESS", "1" if headless else "0")
     monkeypatch.setenv("PLOTLY_RENDERER", "plotly_mimetype")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    root = Path(__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", f"{root}{os.pathsep}{root / 'notebooks'}")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (DRAW, *cells)])
     client = NotebookClient(notebook, timeout=60)
     client.execute()
