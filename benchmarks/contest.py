@@ -1,6 +1,6 @@
 """v2 against LoRA on the corpora that the pocket models come from: KL on held-out text against CPU seconds.
 
-python benchmarks/contest.py --corpora DIR [--expert pocket-math] [--seconds 720]
+python benchmarks/contest.py --corpora DIR [--expert pocket-math] [--seconds 600]
 """
 
 from __future__ import annotations
@@ -111,6 +111,12 @@ def compete(base: LanguageModel, name: str, args: argparse.Namespace) -> None:
         last = everything.groupby(["rank", "lr", "budget"], sort=False).tail(1)
         print(name, last[["rank", "lr", "budget", "seconds", "kl", "recovered"]].tail(1).to_string(header=False))
 
+    def run(rank: int, lr: float, budget: float) -> float:
+        course = lora(replace(contest, seconds=budget), rank, lr=lr)
+        courses.append(course.assign(budget=budget))
+        note()
+        return float(course["kl"].iloc[-1])
+
     write(name, part)
     for rank in RANKS:
         brief = replace(contest, seconds=args.search, test=None, points=())
@@ -120,15 +126,13 @@ def compete(base: LanguageModel, name: str, args: argparse.Namespace) -> None:
         ends[rank] = float(tried["kl"].min())
         courses.append(tried.assign(budget=args.search))
         note()
-    best, second, _ = sorted(RANKS, key=ends.__getitem__)
     # Step sizes decay to the end of a budget: a course that is made for less time is ahead of a longer one until then.
-    for rank, share in ((best, 0.25), (best, 0.5), (second, 0.25), (best, 1.0)):
-        budget = share * args.seconds
-        if share == 1.0 and part["crossing"][best] is not None:
-            break
-        course = lora(replace(contest, seconds=budget), rank, lr=chosen[rank])
-        courses.append(course.assign(budget=budget))
-        note()
+    best, second, _ = sorted(RANKS, key=ends.__getitem__)
+    longer = {lr: run(best, lr, args.seconds / 4) for lr in (chosen[best], chosen[best] * LRS[0] / LRS[1])}
+    chosen[best] = min(longer, key=longer.__getitem__)  # more steps may want smaller ones
+    run(second, chosen[second], args.seconds / 4)
+    if part["crossing"][best] is None:
+        run(best, chosen[best], args.seconds)
 
 
 def main() -> None:
@@ -139,8 +143,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=60_000, help="to fit and train on")
     parser.add_argument("--val-tokens", type=int, default=4_000, help="to choose and to draw the courses on")
     parser.add_argument("--test-tokens", type=int, default=40_000, help="to judge v2 and the ends on")
-    parser.add_argument("--seconds", type=float, default=720, help="longest course, CPU seconds")
-    parser.add_argument("--search", type=float, default=40, help="CPU seconds a step size tried")
+    parser.add_argument("--seconds", type=float, default=600, help="longest course, CPU seconds")
+    parser.add_argument("--search", type=float, default=25, help="CPU seconds a step size tried")
     args = parser.parse_args()
     torch.set_num_threads(1)
     base = load("pocket-base", device="cpu")

@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from chassis_utils import Activations, Adapter, ChassisError, LanguageModel, Probes, evaluate
 from chassis_utils.activations import _batches, _padded, tokenize
 from chassis_utils.models import _NORM_NAMES, Place, Readout
+from chassis_utils.solve import Gram, low_rank
 from pocket_recipe import Muon
 
 #: Where a course is measured unless told otherwise; also before the first step and after the last.
@@ -490,14 +491,18 @@ def choose_lr(
 # ------------------------------------------------------------------------------------- without training
 
 
-def weight_svd(contest: Contest, ranks: Sequence[int] = (4, 16, 64), *, embeddings: bool = True) -> pd.DataFrame:
-    """The best approximation of every weight's difference, expert minus base, at each rank; no text is read.
+def weight_svd(
+    contest: Contest, ranks: Sequence[int] = (4, 16, 64), *, embeddings: bool = True, data: bool = False
+) -> pd.DataFrame:
+    """The best approximation of every weight's difference, expert minus base, at each rank.
 
-    This is what mergekit's `extract-lora` takes: factors of each matrix, with `embeddings` of embedding and head too,
-    and vectors (norms, biases) whole. `macs` as for `lora`: of the factors kept apart.
+    By itself it is what mergekit's `extract-lora` takes, and no text is read: truncated SVD of each matrix, with
+    `embeddings` of embedding and head too, and vectors (norms, biases) whole. With `data` the cut is the best for what
+    each matrix makes of its inputs in the expert on the prompts: reduced rank in the metric of their second moments, as
+    in SVD-LLM (Wang et al. 2024) and QERA (Zhang et al. 2024). `macs` as for `lora`: of the factors kept apart.
 
     Returns:
-        One row a rank, columns as `lora` has them; `seconds` are of the decompositions, which all ranks share.
+        One row a rank, columns as `lora` has them; `seconds` are of passes and decompositions, which all ranks share.
 
     Raises:
         ChassisError: a rank of 0 or below, or weights of other names or shapes.
@@ -515,32 +520,99 @@ def weight_svd(contest: Contest, ranks: Sequence[int] = (4, 16, 64), *, embeddin
     outer = {id(module.weight) for module in (table, output)}
     outer_names = {name for name, p in base.model.named_parameters(remove_duplicate=False) if id(p) in outer}
     looked_up = {name for name, p in base.model.named_parameters() if p is table.weight and p is not output.weight}
+    moments = second_moments(expert, contest.prompts) if data else {}
     factors, vectors, size = {}, {}, 0
     for name, _ in base.model.named_parameters():
         difference = theirs[name].float() - ours[name].float()
         if difference.ndim != 2:
             vectors[name], size = theirs[name], size + difference.numel()
         elif embeddings or name not in outer_names:
-            factors[name] = torch.linalg.svd(difference, full_matrices=False)
+            factors[name] = _cut(difference, *moments.get(name, (None, False)))
     common, rows = clock.seconds, []
     for rank in ranks:
         begin = clock.seconds
         model, parameters, macs = copy.deepcopy(base.model), size, multiply_adds(base)
         state = {name: tensor.to(ours[name]) for name, tensor in vectors.items()}
-        for name, (u, s, v) in factors.items():
-            kept = min(rank, len(s))
-            change = (u[:, :kept] * s[:kept]) @ v[:kept]
-            state[name] = (ours[name].float() + change).to(ours[name])
-            parameters += kept * (len(u) + v.shape[1])
+        for name, (left, right) in factors.items():
+            kept = min(rank, len(right))
+            state[name] = (ours[name].float() + left[:, :kept] @ right[:kept]).to(ours[name])
+            parameters += kept * (len(left) + right.shape[1])
             # A row of an embedding is looked up; only the way from the rank to the hidden size is multiplied.
-            macs += kept * (v.shape[1] if name in looked_up else len(u) + v.shape[1])
+            macs += kept * (right.shape[1] if name in looked_up else len(left) + right.shape[1])
         model.load_state_dict(state, strict=False)
         seconds = common + clock.seconds - begin
-        measured = contest.measure(LanguageModel(f"{base.name} with weight SVD {rank}", model, base.tokenizer))
-        row = {"method": "weight_svd" if embeddings else "weight_svd_blocks", "rank": rank}
-        row |= {"parameters": parameters, "macs": macs, "step": 0, "tokens": 0, "seconds": seconds}
-        rows.append(row | measured)
+        port = LanguageModel(f"{base.name} with weight SVD {rank}", model, base.tokenizer)
+
+        def measure(held: Activations, port: LanguageModel = port) -> dict[str, float]:
+            return contest.measure(port, None, held)
+
+        row = {"method": "weight_svd" + ("_data" if data else "") + ("" if embeddings else "_blocks")}
+        row |= {"rank": rank, "parameters": parameters, "macs": macs, "step": 0, "tokens": 0, "seconds": seconds}
+        rows.append(row | measure(contest.held) | contest.finish(measure))
     return pd.DataFrame(rows)
+
+
+Moments = dict[str, tuple[torch.Tensor, bool]]
+
+
+def second_moments(model: LanguageModel, prompts: Probes) -> Moments:
+    """What every matrix of the model is multiplied with on these prompts: the mean of `x x'` over all positions.
+
+    Returns:
+        Name of a matrix -> its moments, float64, `(p, p)`, or `(p,)` where x is a token, and whether p is the second
+        side of the matrix. A share of 1e-6 of their mean is added to the diagonal, so that no direction is lost; to a
+        token that does not occur goes as much as if it occurred once.
+    """
+    modules = dict(model.model.named_modules())
+    table, output = model.model.get_input_embeddings(), model.model.get_output_embeddings()
+    linear = {n: m for n, m in modules.items() if isinstance(m, torch.nn.Linear | Conv1D) and m is not output}
+    sums: dict[str, Gram] = {}
+    same: dict[str, str] = {}  # maps that read what another one reads
+    real, last = torch.empty(0), ("", torch.empty(0))
+
+    def add(name: str, x: torch.Tensor) -> None:
+        nonlocal last
+        if x is last[1]:
+            same[name] = last[0]
+        if name not in same:
+            last, rows = (name, x), x[real]
+            sums.setdefault(name, Gram.zeros(rows.shape[1], 0)).update(rows.cpu(), rows.cpu()[:, :0])
+
+    hooks = [m.register_forward_pre_hook(lambda _, args, n=n: add(n, args[0])) for n, m in linear.items()]
+    ids = tokenize(model, prompts)[0]
+    try:
+        for batch in _batches({i: len(own) for i, own in enumerate(ids)}, BLOCK):
+            tokens, mask = _padded([ids[i] for i in batch])
+            real, last = mask.bool().to(model.device), ("", torch.empty(0))
+            add("", model.states(tokens, mask)[model.num_layers])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    counts = torch.bincount(torch.tensor([i for own in ids for i in own]), minlength=len(table.weight)).double()
+    found: Moments = {}
+    for name, module in modules.items():
+        # A matrix that is both embedding and head counts as what the head reads.
+        if module is output or module in linear.values() or (module is table and table.weight is output.weight):
+            gram = sums[same.get(name, name) if name in linear else ""]
+            moment = gram.xx / gram.n
+            moment.diagonal().add_(1e-6 * moment.diagonal().mean())
+            found[f"{name}.weight"] = (moment, not isinstance(module, Conv1D))
+        elif module is table:
+            found[f"{name}.weight"] = (counts + 1, False)
+    return found
+
+
+def _cut(difference: torch.Tensor, moment: torch.Tensor | None, second: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`left (rows, m)`, `right (m, columns)`, whose first r are the best approximation at every rank r."""
+    if moment is None:
+        left, values, right = torch.linalg.svd(difference, full_matrices=False)
+        return left * values, right
+    if moment.ndim == 1:
+        # Turned, so that what is decomposed has the hidden size and not the vocabulary's.
+        down, up, _ = low_rank(difference.T * moment.sqrt())
+        return (up.T / moment[:, None].sqrt()).float(), down.T.float()
+    down, up, _ = low_rank(difference.T if second else difference, moment)
+    return (up.T.float(), down.T.float()) if second else (down.float(), up.float())
 
 
 def proxy(contest: Contest, small: LanguageModel | None = None, anti: LanguageModel | None = None) -> pd.DataFrame:
