@@ -164,25 +164,24 @@ def _reaching(adapter: Adapter, a: Activations, budget: float) -> tuple[int, dic
     The KL need not fall with the rank, but (unless logits are capped) it is convex in a factor for each singular
     direction: the tangent at one rank bounds it from below at all others, and most are never tried.
     """
-    bound, tried = torch.full((adapter.rank,), -math.inf, dtype=torch.float64), {}
+    bound, tried, rank = torch.full((adapter.rank,), -math.inf, dtype=torch.float64), {}, adapter.rank
     step = max(1, BLOCK // a.base.vocab_size)
-    while len(left := (bound <= budget + 1e-6).nonzero()):
-        rank, total = int(left[0]) + 1, 0.0
-        factors = (torch.arange(adapter.rank) < rank).to(adapter.down).requires_grad_()
+    while tried.get(rank, math.inf) > budget:
+        factors, tried[rank] = (torch.arange(adapter.rank) < rank).to(adapter.down).requires_grad_(), 0.0
         for rows in (slice(start, start + step) for start in range(0, len(a), step)):
             hidden = {place: h[rows].to(a.base.device) for place, h in a.hidden.items()}
             ours = replace(adapter, down=adapter.down * factors).logits(a.base, hidden)
             loss = kl(a.expert.readout(a.expert_hidden[rows].to(a.base.device)), ours).sum() / len(a)
             loss.backward()
-            total += float(loss.detach())
-        tried[rank] = total
-        if total <= budget:
-            return rank, tried
+            tried[rank] += float(loss.detach())
         if a.base.readout.softcap is None:
             slope = factors.grad.double().cpu().cumsum(0)
-            bound = torch.maximum(bound, total + slope - slope[rank - 1])
-        bound[rank - 1] = math.inf
-    return 0, tried
+            bound = torch.maximum(bound, tried[rank] + slope - slope[rank - 1])
+        bound[rank - 1] = tried[rank] if tried[rank] <= budget else math.inf
+        if not len(left := (bound <= budget + 1e-6).nonzero()):
+            return 0, tried
+        rank = int(left[0]) + 1
+    return rank, tried
 
 
 def _latencies(adapter: Adapter, base: LanguageModel, port: LanguageModel) -> dict[int, float]:

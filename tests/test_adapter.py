@@ -235,6 +235,22 @@ def test_an_adapter_folder_is_replaced_whole(activations: Activations, saved: Pa
     assert Adapter.load(saved).method == "v1" and Adapter.load(saved).rank == 5
 
 
+def test_whatever_changes_what_an_adapter_does_changes_its_revision(activations: Activations) -> None:
+    one = fit(activations, "v1", 2)
+    others = [
+        replace(one, onto="normed"),
+        replace(one, onto="final"),
+        replace(one, space="hidden"),
+        replace(one, columns=one.columns.flip(0)),
+        replace(one, columns=None),
+        replace(one, layer=1),
+        replace(one, bias=one.bias + 1),
+        replace(one, edits=(replace(one, space="hidden"),)),
+    ]
+    assert len({adapter.revision for adapter in (one, *others)}) == 1 + len(others)
+    assert replace(one, info={"n": 1}, fitted_on=frozenset()).revision == one.revision
+
+
 def test_a_folder_that_is_no_adapter_is_never_overwritten(activations: Activations, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ARCHITECTURES, make, refused
+from transformers import GenerationConfig
 
 from chassis_utils import (
     Activations,
@@ -23,7 +24,10 @@ from chassis_utils import (
     probe_set,
     written,
 )
+from chassis_utils.probes import _cut
 from chassis_utils.solve import Gram, low_rank, scaled_ridge
+
+ENDS = {"eos_token_id": 2, "pad_token_id": 2}
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +264,16 @@ def test_what_v2_cannot_do_is_said(rows: Activations, base: LanguageModel, exper
         fit(gather(base, expert, rows.probes, Features((3,)), progress=False), "v1")
 
 
+def test_statistics_are_not_read_otherwise_than_they_were_gathered(rows: Activations) -> None:
+    read = Features((2, 3))
+    stats = gather(rows.base, rows.expert, rows.probes, read, progress=False)
+    for options in ({"features": Features((3,))}, {"layer": 1}, {"layer": -2}):
+        for method in ("ridge", "rrr"):
+            with refused("statistics", "gather"):
+                fit(stats, method, lam=1.0, **options)
+    assert fit(stats, "rrr", lam=1.0, layer=3).features == read
+
+
 # -------------------------------------------------------------------------------------------- probes
 
 
@@ -270,5 +284,29 @@ def test_an_expert_writes_the_same_from_the_same_seed(pocket: tuple[LanguageMode
     assert one == again and one.prompts != other.prompts and len(one) == 3
     assert torch.equal(torch.get_rng_state(), state)
     assert not one.fingerprints & written(expert, 3, "test", length=24).fingerprints
+    for passage in written(expert, 40, length=12).prompts:
+        assert len(expert.tokenizer(passage)["input_ids"]) <= 12
     with refused("n = 0", "n >= 1"):
         written(expert, 0)
+
+
+def test_an_expert_writes_from_its_distribution_whatever_its_settings_say(
+    pocket: tuple[LanguageModel, LanguageModel],
+) -> None:
+    settings = GenerationConfig(do_sample=True, top_k=1, repetition_penalty=5.0, min_p=0.9, max_length=8, **ENDS)
+    other = load("pocket-shakespeare", device="cpu")
+    other.model.generation_config = settings
+    assert written(other, 3, length=40).prompts == written(pocket[1], 3, length=40).prompts
+    assert other.model.generation_config is settings
+
+
+def test_a_passage_that_reads_back_as_more_tokens_is_cut(pocket: tuple[LanguageModel, LanguageModel]) -> None:
+    tokenizer = pocket[1].tokenizer
+    text = "To be, or not to be, that is the question: whether 'tis nobler – née 東京 – in the mind to suffer"
+    whole = len(tokenizer(text)["input_ids"])
+    for length in (2, 3, 7, 20, whole - 1, whole):
+        cut = _cut(tokenizer, text, length)
+        assert len(tokenizer(cut)["input_ids"]) <= length
+        # A character of several bytes may be cut in the middle; what comes before it is the text's own.
+        assert text.startswith(cut.rstrip("\ufffd").rstrip())
+    assert _cut(tokenizer, text, whole) == text

@@ -1,6 +1,7 @@
 """Figures against other libraries and against sums done by hand."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,19 @@ from conftest import WORDS, make, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chassis_utils import Activations, Adapter, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load
+from chassis_utils import (
+    Activations,
+    Adapter,
+    LanguageModel,
+    Probes,
+    SyntheticExpert,
+    choose_rank,
+    evaluate,
+    fit,
+    harvest,
+    load,
+    metrics,
+)
 from chassis_utils.metrics import interval, kl, ratio_bounds
 from pocket_recipe import gpt2_tokenizer
 
@@ -218,3 +231,69 @@ def test_every_row_has_its_interval(activations: Activations, unseen: Probes) ->
     assert table.recovered_low[1] < table.recovered[1] < table.recovered_high[1]
     alone = evaluate(base, expert, fit(activations, "rrr", rank=4), Probes("one", "test", unseen.prompts[:1]))
     assert alone[["kl_low", "kl_high", "recovered_low", "recovered_high"]].isna().all(axis=None)
+
+
+# ------------------------------------------------------------------------------------ a rank for a budget
+
+
+@pytest.fixture(scope="module")
+def waves(activations: Activations) -> Adapter:
+    """A map whose KL goes up and down with the rank: some directions are far too long, the next ones undo that."""
+    whole = fit(activations, "rrr", 12, lam=1.0)
+    size = torch.tensor([1.0, 6.0, -4.0, 1.0, 1.0, 9.0, -8.0, 1.0, 3.0, 1.0, 5.0, 1.0])
+    columns = torch.tensor([0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 8, 9])
+    return replace(whole, down=whole.down[:, columns] * size, up=whole.up[columns])
+
+
+@pytest.mark.parametrize("space", ["logits", "hidden"])
+def test_the_rank_for_a_kl_is_the_smallest_that_reaches_it(
+    activations: Activations, unseen: Probes, waves: Adapter, space: str
+) -> None:
+    base, expert = activations.base, activations.expert
+    adapter = waves if space == "logits" else waves.into_hidden(base)
+    held = harvest(base, expert, unseen, progress=False)
+    ranks = range(1, adapter.rank + 1)
+    found = evaluate(base, expert, [adapter.at_rank(rank) for rank in ranks], held)["kl"].tolist()[1:]
+    assert any(later > earlier for earlier, later in zip(found, found[1:], strict=False))
+    for budget in (1.0001 * value for value in found):
+        wanted = next(rank for rank in ranks if found[rank - 1] <= budget)
+        assert choose_rank(adapter, held, kl=budget) == wanted
+    with refused("no rank meets kl", "needs"):
+        choose_rank(adapter, held, kl=0.999 * min(found))
+
+
+def test_few_ranks_are_tried_for_a_kl(activations: Activations, unseen: Probes) -> None:
+    held = harvest(activations.base, activations.expert, unseen, progress=False)
+    adapter = fit(activations, "rrr", lam=1.0)
+    half = float(evaluate(activations.base, activations.expert, adapter.at_rank(adapter.rank // 2), held)["kl"].iloc[1])
+    rank, tried = metrics._reaching(adapter, held, half)
+    assert rank <= adapter.rank // 2 and len(tried) <= adapter.rank // 3
+
+
+def test_a_capped_head_has_every_rank_tried(tmp_path: Path, unseen: Probes, prompts: Probes) -> None:
+    models = [load(str(make(tmp_path / str(seed), "Gemma2", seed)), device="cpu") for seed in (0, 1)]
+    a, held = (harvest(*models, probes, progress=False) for probes in (prompts, unseen))
+    adapter = fit(a, "rrr", 6, lam=1.0)
+    found = evaluate(*models, [adapter.at_rank(rank) for rank in range(1, 7)], held)["kl"].tolist()[1:]
+    for budget in (1.0001 * value for value in found):
+        assert choose_rank(adapter, held, kl=budget) == 1 + next(i for i, value in enumerate(found) if value <= budget)
+
+
+def test_a_noisy_clock_changes_no_more_than_its_noise(
+    activations: Activations, unseen: Probes, waves: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latency as if a rank took a hundredth of the base's time, beside spikes of other work on the machine."""
+    rng, now, adapter = np.random.default_rng(0), [0.0], waves
+    real = Adapter.logits
+
+    def logits(self: Adapter, *given: object) -> torch.Tensor:
+        now[0] += 1.0 + 0.01 * self.rank + (rng.random() < 0.6) * rng.random()
+        return real(self, *given)
+
+    monkeypatch.setattr(Adapter, "logits", logits)
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    for rank in (1, 5, 11, 12):
+        assert abs(choose_rank(adapter, activations, latency=0.01 * rank + 0.005) - rank) <= 1
+    assert choose_rank(adapter, activations, latency=0.5) == adapter.rank
+    with refused("no rank meets latency", "rank 1 needs"):
+        choose_rank(adapter, activations, latency=-0.5)
