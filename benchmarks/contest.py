@@ -23,7 +23,7 @@ from corpora import EXPERTS, text  # noqa: E402
 
 from chassis_utils import ChassisError, LanguageModel, evaluate, fit, harvest, load  # noqa: E402
 from chassis_utils.records import replacing  # noqa: E402
-from trained import Contest, choose_lr, lora  # noqa: E402
+from trained import COLUMNS, Contest, choose_lr, lora, weight_svd  # noqa: E402
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "contest.json"
 RANKS = (4, 16, 64)
@@ -58,22 +58,17 @@ def crossing(courses: pd.DataFrame, kl: float) -> float | None:
     return t + (u - t) * (before - kl) / (before - after)
 
 
-def closed(contest: Contest, seconds: float, adapter: object) -> dict[str, float]:
-    """v2 on the contest's text, and on its test text."""
-    row = {"method": "v2", "seconds": seconds, "parameters": adapter.num_parameters}
-    for prefix, held in (("", contest.held), ("test_", contest.test)):
-        measured = evaluate(contest.base, contest.expert, adapter, held).iloc[1]
-        names = ["kl", "kl_low", "kl_high", "recovered", "recovered_low", "recovered_high", "top1_agreement"]
-        row |= {prefix + name: float(measured[name]) for name in [*names, "bits_per_byte"]}
-    return row
+def known() -> dict[str, dict]:
+    """What the file holds, by expert."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def write(name: str, part: dict[str, object]) -> None:
     """Some of an expert's results into the file, beside what it holds; it is there whole or as it was."""
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    known[name] = known.get(name, {}) | part
+    everything = known()
+    everything[name] = everything.get(name, {}) | part
     with replacing(RESULTS) as temporary:
-        temporary.write_text(json.dumps(known, indent=1) + "\n")
+        temporary.write_text(json.dumps(everything, indent=1) + "\n")
 
 
 def plain(frame: pd.DataFrame) -> list[dict[str, object]]:
@@ -81,75 +76,104 @@ def plain(frame: pd.DataFrame) -> list[dict[str, object]]:
     return json.loads(frame.to_json(orient="records", double_precision=5))
 
 
-def compete(base: LanguageModel, name: str, args: argparse.Namespace) -> None:
-    """Everything for one expert, written after every course, so that what is stopped is not lost."""
+def prepare(base: LanguageModel, name: str, args: argparse.Namespace) -> Contest:
+    """Texts of the three splits; base and expert on those that are judged on."""
     expert = load(name, device="cpu")
     sizes = {"train": args.tokens, "val": args.val_tokens, "test": args.test_tokens}
     texts = {split: text(base, args.corpora, EXPERTS[name], split, n) for split, n in sizes.items()}
     val, test = (harvest(base, expert, texts[split], "all", [-1], progress=False) for split in ("val", "test"))
-    start = time.process_time()
-    a = harvest(base, expert, texts["train"], "all", [-1], progress=False)
-    v2 = fit(a)
-    seconds = time.process_time() - start
     clock = {"timer": time.process_time, "points": POINTS}
-    contest = Contest(base, expert, texts["train"], val, args.seconds, test=test, **clock)
-    ours = closed(contest, seconds, v2)
-    setting = {"tokens": len(a), "validation": len(val), "test": len(test), "threads": torch.get_num_threads()}
+    return Contest(base, expert, texts["train"], val, args.seconds, test=test, **clock)
+
+
+def time_v2(contest: Contest, args: argparse.Namespace) -> None:
+    """v2's seconds, harvest and fit, and what it reaches on the contest's text and on its test text."""
+    base, expert = contest.base, contest.expert
+    start = time.process_time()
+    a = harvest(base, expert, contest.prompts, "all", [-1], progress=False)
+    v2 = fit(a)
+    row = {"method": "v2", "seconds": time.process_time() - start, "parameters": v2.num_parameters}
+    for prefix, held in (("", contest.held), ("test_", contest.test)):
+        measured = evaluate(base, expert, v2, held).iloc[1]
+        row |= {prefix + name: float(measured[name]) for name in COLUMNS}
+    setting = {"tokens": len(a), "validation": len(contest.held), "test": len(contest.test), "threads": 1}
     setting |= {"kl_identity": contest.identity["kl"], "search_seconds": args.search, "first_grid": LRS}
-    part: dict[str, object] = {"setting": setting, "v2": ours, "search": {}}
-    chosen: dict[int, float] = {}
-    ends: dict[int, float] = {}
+    write(expert.name, {"setting": setting, "v2": row})
+
+
+def cut_weights(contest: Contest, args: argparse.Namespace) -> None:
+    """The SVD of the weights' difference, plain and in the data's metric."""
+    tables = [weight_svd(contest, RANKS, data=data) for data in (False, True)]
+    write(contest.expert.name, {"weight_svd": plain(pd.concat(tables, ignore_index=True))})
+
+
+def train(contest: Contest, args: argparse.Namespace) -> None:
+    """LoRA: step sizes, then the courses; written after every one, so that what is stopped is not lost."""
+    name, chosen, ends, sought = contest.expert.name, {}, {}, {}
     courses: list[pd.DataFrame] = []
 
-    def note() -> None:
-        everything = pd.concat(courses, ignore_index=True)
-        of = {rank: everything[everything["rank"] == rank] for rank in RANKS}
-        part["step_sizes"] = chosen
-        part["crossing"] = {rank: crossing(rows, ours["kl"]) for rank, rows in of.items()}
-        part["courses"] = plain(everything)
-        write(name, part)
-        last = everything.groupby(["rank", "lr", "budget"], sort=False).tail(1)
-        print(name, last[["rank", "lr", "budget", "seconds", "kl", "recovered"]].tail(1).to_string(header=False))
-
     def run(rank: int, lr: float, budget: float) -> float:
-        course = lora(replace(contest, seconds=budget), rank, lr=lr)
-        courses.append(course.assign(budget=budget))
-        note()
-        return float(course["kl"].iloc[-1])
+        courses.append(lora(replace(contest, seconds=budget), rank, lr=lr).assign(budget=budget))
+        note(name, courses, search=sought, step_sizes=chosen)
+        return float(courses[-1]["kl"].iloc[-1])
 
-    write(name, part)
     for rank in RANKS:
-        brief = replace(contest, seconds=args.search, test=None, points=())
-        chosen[rank], tried = search(brief, rank)
+        chosen[rank], tried = search(replace(contest, seconds=args.search, test=None, points=()), rank)
         taken = float(tried.groupby("lr")["seconds"].last().sum())
-        part["search"] |= {rank: {"tried": sorted(tried["lr"].unique()), "seconds": taken}}
+        sought[rank] = {"tried": sorted(tried["lr"].unique()), "seconds": taken}
         ends[rank] = float(tried["kl"].min())
         courses.append(tried.assign(budget=args.search))
-        note()
+        note(name, courses, search=sought, step_sizes=chosen)
     # Step sizes decay to the end of a budget: a course that is made for less time is ahead of a longer one until then.
     best, second, _ = sorted(RANKS, key=ends.__getitem__)
     longer = {lr: run(best, lr, args.seconds / 4) for lr in (chosen[best], chosen[best] * LRS[0] / LRS[1])}
     chosen[best] = min(longer, key=longer.__getitem__)  # more steps may want smaller ones
     run(second, chosen[second], args.seconds / 4)
-    if part["crossing"][best] is None:
+    if note(name, courses, search=sought, step_sizes=chosen)[str(best)] is None:
         run(best, chosen[best], args.seconds)
 
 
+def train_longer(contest: Contest, args: argparse.Namespace) -> None:
+    """One course more, of the rank and the step size that came nearest so far."""
+    so_far = pd.DataFrame(known()[contest.expert.name]["courses"])
+    nearest = so_far.loc[so_far["kl"].idxmin()]
+    course = lora(replace(contest, seconds=args.seconds), int(nearest["rank"]), lr=float(nearest["lr"]))
+    note(contest.expert.name, [so_far, course.assign(budget=args.seconds)])
+
+
+def note(name: str, courses: list[pd.DataFrame], **more: object) -> dict[str, float | None]:
+    """Write all courses, and where they cross v2's KL; print the last."""
+    everything, goal = pd.concat(courses, ignore_index=True), known()[name]["v2"]["kl"]
+    crossings = {str(rank): crossing(everything[everything["rank"] == rank], goal) for rank in RANKS}
+    write(name, more | {"crossing": crossings, "courses": plain(everything)})
+    print(name, everything[["rank", "lr", "budget", "seconds", "kl", "recovered"]].tail(1).to_string(header=False))
+    return crossings
+
+
+PARTS = {"v2": time_v2, "svd": cut_weights, "lora": train, "longer": train_longer}
+
+
 def main() -> None:
-    """Time v2, search the step sizes, run LoRA, write `notebooks/contest.json`."""
+    """Run the parts of the contest and write `notebooks/contest.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpora", required=True, help="folder as the recipe of the pocket models reads it")
     parser.add_argument("--expert", choices=[*EXPERTS], help="only this one")
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS][:3], help="lora needs v2's point")
     parser.add_argument("--tokens", type=int, default=60_000, help="to fit and train on")
     parser.add_argument("--val-tokens", type=int, default=4_000, help="to choose and to draw the courses on")
     parser.add_argument("--test-tokens", type=int, default=40_000, help="to judge v2 and the ends on")
     parser.add_argument("--seconds", type=float, default=600, help="longest course, CPU seconds")
     parser.add_argument("--search", type=float, default=25, help="CPU seconds a step size tried")
     args = parser.parse_args()
+    names = [*EXPERTS] if args.expert is None else [args.expert]
+    if "v2" not in args.parts and any("v2" not in known().get(name, {}) for name in names):
+        parser.error("everything is measured against v2's point: run the part v2 first")
     torch.set_num_threads(1)
     base = load("pocket-base", device="cpu")
-    for name in EXPERTS if args.expert is None else [args.expert]:
-        compete(base, name, args)
+    for name in names:
+        contest = prepare(base, name, args)
+        for part in args.parts:
+            PARTS[part](contest, args)
 
 
 if __name__ == "__main__":

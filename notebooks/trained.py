@@ -41,7 +41,8 @@ POINTS = tuple(2.0**-k for k in range(5, 0, -1))
 LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 BLOCK = 4096  # rows of logits at a time
 
-_COLUMNS = "kl kl_low kl_high recovered recovered_low recovered_high top1_agreement bits_per_byte".split()
+#: What is measured.
+COLUMNS = "kl kl_low kl_high recovered recovered_low recovered_high top1_agreement bits_per_byte".split()
 
 Batch = list[int]  # prompt numbers
 
@@ -109,7 +110,7 @@ class Contest:
         given = replace(held, hidden=held.hidden | {held.final + 1: states})
         other = replace(_Port.identity(self.base, held.final + 1), readout=port.readout)
         row = evaluate(self.base, self.expert, other, given).iloc[1]
-        return {name: float(row[name]) for name in _COLUMNS}
+        return {name: float(row[name]) for name in COLUMNS}
 
     def finish(self, measure: Callable[[Activations], dict[str, float]]) -> dict[str, float]:
         """What is measured on the test text, under names that begin with `test_`; nothing where there is none."""
@@ -240,7 +241,7 @@ def _train(contest: Contest, clock: _Clock, text: _Text, trainee: _Trainee, batc
     def measured(held: Activations) -> dict[str, float]:
         finite = all(p.isfinite().all() for p in trainee.parameters)
         # A step size may be far too large: that is a result, and a search for one goes on.
-        return trainee.measure(held) if finite else dict.fromkeys(_COLUMNS, math.nan) | {"kl": math.inf}
+        return trainee.measure(held) if finite else dict.fromkeys(COLUMNS, math.nan) | {"kl": math.inf}
 
     def note() -> None:
         seconds = clock.seconds
