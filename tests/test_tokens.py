@@ -239,9 +239,8 @@ def test_offsets_at_the_beginning() -> None:
         for text, ends in [("\x02", bare), (" \x02", spaced)]:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             assert offsets(pieces, ids, text).tolist() == ends
-        opening = [0] * len(tokenizer("")["input_ids"])
-        if opening and pieces[tokenizer("")["input_ids"][0]] is None:  # A token that begins every text has no bytes.
-            assert offsets(pieces, tokenizer("\x02")["input_ids"], "\x02").tolist() == [0, *bare]
+    tokenizer = sentencepiece(llama=True)  # Its first token begins every text and has no bytes.
+    assert offsets(token_bytes(tokenizer), tokenizer("\x02")["input_ids"], "\x02").tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize("cleanup", [True, False])
@@ -364,6 +363,9 @@ def test_bytes_that_cannot_be_recovered(tmp_path: Path) -> None:
     tokenizer.backend_tokenizer.decoder = decoders.Metaspace()
     with refused("does not undo"):
         token_bytes(tokenizer)
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([*BYTE_DECODER, decoders.Replace("ϐ", "b")])
+    with refused("says otherwise"):  # Only bytes write this letter, and it is among those tried.
+        token_bytes(tokenizer)
     with refused("does not undo"):  # Its encode writes bytes, its decode reads letters.
         token_bytes(tf.DiaTokenizer())
     vocabulary = ["<|startoftext|>", "<|endoftext|>", "a", "b", "a</w>", "b</w>", "ab</w>"]
@@ -378,6 +380,8 @@ def test_offsets_of_another_text() -> None:
     tokenizer = byte_level()
     with refused("another", "not what its ids stand for"):
         offsets(token_bytes(tokenizer), tokenizer("a text")["input_ids"], "another")
+    with refused("not what its ids stand for"):  # Half of a surrogate pair is no text in UTF-8.
+        offsets(token_bytes(tokenizer), tokenizer("a")["input_ids"], "a\ud800")
 
 
 def test_speed() -> None:
