@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from tqdm.auto import tqdm
 
-from .activations import Expert, _batches, _padded, checked_ids
+from .activations import Expert, batched, checked_ids
 from .errors import ChassisError
 from .features import Features
 from .models import LanguageModel, Place
@@ -108,8 +108,7 @@ def gather(
     every, passed = -(-sum(lengths[fold - 1 :: fold]) // KEPT), 0
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     bar = tqdm(total=len(ids), desc=f"{base.name} and {expert.name}, layer {layer}", disable=not progress, leave=False)
-    for batch in _batches(dict(enumerate(map(len, ids))), batch_tokens):
-        tokens, mask = _padded([ids[i] for i in batch])
+    for batch, tokens, mask in batched(ids, batch_tokens):
         real = mask.bool()
         if positions == "last":
             real &= mask.cumsum(1) == mask.sum(1, keepdim=True)
