@@ -155,6 +155,21 @@ def write(path: Path, data: object) -> None:
         temporary.write_text(json.dumps(data, indent=1) + "\n")
 
 
+def keep(path: Path, **parts: object) -> dict[str, Any]:
+    """Put parts among the figures kept in a file, which are returned.
+
+    Raises:
+        ChassisError: what is there holds no figures.
+    """
+    try:
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        kept |= parts
+    except (ValueError, TypeError) as error:
+        raise ChassisError(f"{path} holds no figures ({type(error).__name__}): move it away") from error
+    write(path, kept)
+    return kept
+
+
 def measure(base: LanguageModel, expert: LanguageModel, n: int) -> dict[str, list[float]]:
     """All ratios of time by name; of KL too, to show that both ways find the same adapters."""
     final, synthetic, batches = base.num_layers, SyntheticExpert.from_base(base), whole(base, probes(n))

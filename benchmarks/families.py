@@ -1,10 +1,9 @@
 """What larger families cost over the bare passes, and what memory they take as tokens grow.
 
-python benchmarks/families.py [--passages 64] [--small 16]; `README.md` defines what is counted.
+python benchmarks/families.py [--passages 64] [--small 16] [--out FILE]; `README.md` defines what is counted.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -12,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench import RANKS, alone, bare, peak, quotients, setting, timed, whole, write
+from bench import RANKS, alone, bare, keep, peak, quotients, setting, timed, whole
 
 from chassis_utils import (
     Activations,
@@ -110,14 +109,17 @@ def memory(names: tuple[str, str], text: Probes, tokens: list[int], small: int) 
 
 
 def main() -> bool:
-    """Measure, print, put the figures into `notebooks/scale.json`; False if a target is missed."""
+    """Measure, print, put the figures into the file; False if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default="pocket-base")
     parser.add_argument("--expert", default="pocket-math")
     parser.add_argument("--held-out", default="math-text", help="bundled text, of which `val` is judged on")
     parser.add_argument("--passages", type=int, default=64, help="written by the expert, to fit on; for the times")
     parser.add_argument("--small", type=int, default=16, help=f"passages, and {TIMES} times as many; for the memory")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures go, beside what is there")
     args = parser.parse_args()
+    if min(args.passages, args.small) < 8:
+        raise ChassisError(f"{args.passages} and {args.small} passages: give at least 8, one in eight is held out")
     torch.set_num_threads(1)
     base, expert = (load(name, device="cpu") for name in (args.base, args.expert))
     text = written(expert, max(args.passages, args.small * TIMES))
@@ -126,7 +128,8 @@ def main() -> bool:
     train = Probes(text.name, text.split, text.prompts[: args.passages])
     held_out = probe_set(args.held_out, "val")
     ratios = costs(base, expert, train, held_out)
-    about = vars(args) | {"tokens": sum(tokens[: args.passages]), "ranks": RANKS} | setting()
+    about = {key: value for key, value in vars(args).items() if key != "out"} | {"ranks": RANKS} | setting()
+    about["tokens"] = sum(tokens[: args.passages])
     about["held_out_tokens"] = sum(map(len, tokenize(base, held_out)[0]))
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     for name, runs in ratios.items():
@@ -136,8 +139,7 @@ def main() -> bool:
     cost, growth = statistics.median(ratios["final layer / bare passes"]), remembered[0]["ratio"]
     met = {f"cost {cost:.2f} at most 1.15": cost <= 1.15, f"memory {growth:.2f} at most 1.2": growth <= 1.2}
     print(", ".join(f"{target}: {'met' if good else 'MISSED'}" for target, good in met.items()))
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    write(RESULTS, kept | {"families": {"setting": about, "ratios": ratios, "memory": remembered, "targets": met}})
+    keep(args.out, families={"setting": about, "ratios": ratios, "memory": remembered, "targets": met})
     return all(met.values())
 
 

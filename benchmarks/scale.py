@@ -4,7 +4,7 @@ python benchmarks/scale.py [--sizes 512 768 1024 1536 2048] [--wide 4096]; `READ
 """
 
 import argparse
-import json
+import ctypes
 import math
 import sys
 import time
@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from bench import RANKS, alone, bare, setting, whole, write
+from bench import RANKS, alone, bare, keep, setting, whole
 from scipy.stats import t
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -68,7 +68,7 @@ class Shape:
 
 
 TINYLLAMA = Shape(2048, 5632, 32000, 22, 32, 4)
-LLAMA_70B = Shape(8192, 28672, 128000, 80, 64, 8)
+SHAPES = {"TinyLlama": TINYLLAMA, "Llama 70B": Shape(8192, 28672, 128000, 80, 64, 8)}
 
 
 def like_tinyllama(hidden: int) -> Shape:
@@ -131,9 +131,11 @@ def measured(call: Callable[[], object], least: float = 0.5) -> tuple[float, int
     """CPU seconds of one call, the fastest of as many as fill `least` seconds; bytes it needs beyond what is held."""
     times: list[float] = []
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+        # What was freed goes back, and the peak starts again from what is held now.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
         before = _memory("VmRSS")
-    except OSError:
+    except (OSError, AttributeError):
         before = None
     while not times or (sum(times) < least and len(times) < 5):
         start = time.process_time()
@@ -378,14 +380,6 @@ def checked(rows: list[dict]) -> list[dict[str, Any]]:
     return found
 
 
-def keep(path: Path, **parts: object) -> dict[str, Any]:
-    """Put parts among the figures kept in the file, which are returned."""
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    kept["scale"] = kept.get("scale", {}) | parts
-    write(path, kept)
-    return kept["scale"]
-
-
 def show(figures: dict[str, Any]) -> None:
     """Print what is kept."""
     for row in figures.get("checks", []):
@@ -409,7 +403,7 @@ def main() -> None:
     parser.add_argument("--wide", type=int, nargs="*", default=[4096], help="sizes at which only the final layer fits")
     parser.add_argument("--tokens", type=int, default=1024, help="of the passes at full depth")
     parser.add_argument("--total", type=int, default=100_000, help="tokens that totals are stated for")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the others stay as they are kept")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="to measure; others stay as kept")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -421,17 +415,17 @@ def main() -> None:
     if args.tokens < 8 * LENGTH:
         raise ChassisError(f"tokens = {args.tokens}: give at least {8 * LENGTH}, eight prompts")
     about = setting() | {"rows": ROWS, "batch": BATCH, "kept": KEPT, "length": LENGTH, "total": args.total}
-    figures = keep(args.out, setting=about)
     if "depth" in args.parts:
         shallow = Shape(**asdict(TINYLLAMA) | {"layers": 3})
         runs = [alone(whole_width, [(TINYLLAMA, args.tokens)]), alone(edited, [(shallow, args.tokens)])]
-        figures = keep(args.out, depth=[row for (rows,) in runs for row in rows])
+        keep(args.out, depth=[row for (rows,) in runs for row in rows])
     if "ladder" in args.parts:
         several = [(like_tinyllama(size), wide) for size, wide in sizes]
-        rows = [row for part in alone(ladder, tqdm(several, desc="sizes")) for row in part]
-        shapes = {"TinyLlama": TINYLLAMA, "Llama 70B": LLAMA_70B}
-        onward = {name: carried(rows, shape, args.total) for name, shape in shapes.items()}
-        figures = keep(args.out, ladder=rows, checks=checked(rows), carried=onward)
+        keep(args.out, ladder=[row for part in alone(ladder, tqdm(several, desc="sizes")) for row in part])
+    figures = keep(args.out, setting=about)
+    if rows := figures.get("ladder"):
+        onward = {name: carried(rows, shape, args.total) for name, shape in SHAPES.items()}
+        figures = keep(args.out, checks=checked(rows), carried=onward)
     show(figures)
 
 
