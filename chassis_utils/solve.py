@@ -97,13 +97,13 @@ def ridge(gram: Gram, lam: float = 1e-3, scale: torch.Tensor | None = None) -> t
     """
     if not 0 <= lam < float("inf"):
         raise ChassisError(f"lam = {lam}: give a finite number of at least zero")
-    covariance = gram.covariance
-    p = len(covariance)
+    factor = gram.covariance  # made into its factor: there may be no room for both
+    p = len(factor)
     if gram.n <= p:
-        spanned = f"{gram.n} rows for {p} dimensions (effective rank {effective_rank(covariance):.1f})"
+        spanned = f"{gram.n} rows for {p} dimensions (effective rank {effective_rank(factor):.1f})"
         warnings.warn(f"{spanned}: the fit interpolates", stacklevel=3)
-    covariance.diagonal().add_(lam if scale is None else lam * scale)
-    factor, info = torch.linalg.cholesky_ex(covariance)
+    factor.diagonal().add_(lam if scale is None else lam * scale)
+    factor, info = torch.linalg.cholesky_ex(factor)
     # Without a penalty, rounding may let a singular matrix through with a last pivot of its own size.
     lost = factor.diagonal() ** 2 < p * torch.finfo(torch.float64).eps * gram.xx.diagonal()
     if int(info) != 0 or (lam == 0 and (gram.n <= p or lost.any())):
