@@ -99,11 +99,9 @@ class Adapter:
 
     @property
     def revision(self) -> str:
-        """Hash of what is read, the map, and the edits before it."""
-        own = tensor_hash(self.down, self.up, self.bias, torch.tensor(self.layer))
-        if self.features is None and not self.edits:
-            return own
-        parts = [own, repr(self.features), *(edit.revision for edit in self.edits)]
+        """Hash of what is read, the map, what it changes, and the edits before it."""
+        own = tensor_hash(self.down, self.up, self.bias, torch.tensor(self.layer), self.columns)
+        parts = [own, self.space, self.onto, repr(self.features), *(edit.revision for edit in self.edits)]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     def logits(
@@ -294,6 +292,8 @@ def fit(
     if unknown := ", ".join(sorted({*options} - {*known})):
         raise ChassisError(f"method {method} has no option {unknown}; it takes {', '.join(known) or 'none'}")
     base, expert = activations.base, activations.expert
+    if sums and (options.get("features") or {layer % (base.num_layers + 1), activations.layer} != {base.num_layers}):
+        raise ChassisError("statistics hold what is read, and need the final state: tell gather the features, not fit")
     if expert.readout.softcap != base.readout.softcap:
         raise ChassisError(f"{base.name} and {expert.name} cap their logits differently: no linear map joins them")
     if not sums:

@@ -6,9 +6,8 @@ import math
 import statistics
 import time
 import warnings
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -142,52 +141,70 @@ def choose_rank(
     full context, edits included, timed here: the largest rank that adds no more.
 
     Raises:
-        ChassisError: none or several budgets, or one that no rank meets; it says what the nearest rank needs.
+        ChassisError: none or several budgets, or one that no rank meets; it says what the nearest tried needs.
     """
     budgets = {"kl": kl, "parameters": parameters, "latency": latency}
     given = {name: value for name, value in budgets.items() if value is not None}
     if len(given) != 1:
         raise ChassisError(f"{len(given)} budgets: give one of {', '.join(budgets)}")
-    ((name, budget),), base = given.items(), held_out.base
-    port, places = base.edited(*adapter.edits), _places([adapter])
-    ids = torch.zeros(1, min(base.context, 512), dtype=torch.long)
-    mask = torch.ones_like(ids)
+    ((name, budget),), port, places = given.items(), held_out.base.edited(*adapter.edits), _places([adapter])
     if name == "kl":
         here = harvest(port, held_out.expert, held_out.probes, held_out.positions, places, progress=False)
-    if name == "latency":
-        alone = _seconds(lambda: base.readout(base.states(ids, mask)[base.num_layers]))
-
-    @cache
-    def cost(rank: int) -> float:
-        cut = adapter.at_rank(rank)
-        if name == "parameters":
-            return cut.num_parameters
-        if name == "kl":
-            return _evaluate(here, [cut], held_out.hidden[held_out.final], False)[1]["kl"]
-        rows = [*{*places, base.num_layers}]
-        return (
-            _seconds(lambda: cut.logits(base, {k: v[0] for k, v in port.states(ids, mask, rows).items()})) / alone - 1
-        )
-
-    ranks = range(1, adapter.rank + 1)
-    if name == "kl":
-        rank = 1 + bisect_left(ranks, True, key=lambda one: cost(one) <= budget)
+        rank, costs = _reaching(adapter, here, budget)
     else:
-        rank = bisect_left(ranks, True, key=lambda one: cost(one) > budget)
-    if rank not in ranks:
-        nearest = min(max(rank, 1), adapter.rank)
-        raise ChassisError(f"no rank meets {name} = {budget:g}: rank {nearest} needs {cost(nearest):.4g}")
+        stored = {rank: adapter.at_rank(rank).num_parameters for rank in range(1, adapter.rank + 1)}
+        costs = stored if name == "parameters" else _latencies(adapter, held_out.base, port)
+        rank = max((one for one in costs if costs[one] <= budget), default=0)
+    if not rank:
+        nearest = min(costs, key=costs.__getitem__)
+        raise ChassisError(f"no rank meets {name} = {budget:g}: rank {nearest} needs {costs[nearest]:.4g}")
     return rank
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    """The fastest of five calls: what other work on the machine adds does not count."""
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def _reaching(adapter: Adapter, a: Activations, budget: float) -> tuple[int, dict[int, float]]:
+    """The smallest rank whose KL is within the budget, 0 if there is none, and the KL of every rank tried.
+
+    The KL need not fall with the rank, but (unless logits are capped) it is convex in a factor for each singular
+    direction: the tangent at one rank bounds it from below at all others, and most are never tried.
+    """
+    bound, tried = torch.full((adapter.rank,), -math.inf, dtype=torch.float64), {}
+    step = max(1, BLOCK // a.base.vocab_size)
+    while len(left := (bound <= budget + 1e-6).nonzero()):
+        rank, total = int(left[0]) + 1, 0.0
+        factors = (torch.arange(adapter.rank) < rank).to(adapter.down).requires_grad_()
+        for rows in (slice(start, start + step) for start in range(0, len(a), step)):
+            hidden = {place: h[rows].to(a.base.device) for place, h in a.hidden.items()}
+            ours = replace(adapter, down=adapter.down * factors).logits(a.base, hidden)
+            loss = kl(a.expert.readout(a.expert_hidden[rows].to(a.base.device)), ours).sum() / len(a)
+            loss.backward()
+            total += float(loss.detach())
+        tried[rank] = total
+        if total <= budget:
+            return rank, tried
+        if a.base.readout.softcap is None:
+            slope = factors.grad.double().cpu().cumsum(0)
+            bound = torch.maximum(bound, total + slope - slope[rank - 1])
+        bound[rank - 1] = math.inf
+    return 0, tried
+
+
+def _latencies(adapter: Adapter, base: LanguageModel, port: LanguageModel) -> dict[int, float]:
+    """What each rank adds to the base's own time, as a share of it, on the line through the first and the last rank.
+
+    The work grows in a line, a single timing is noise: of ten, in turn, the fastest of each counts.
+    """
+    ids = torch.zeros(1, min(base.context, 512), dtype=torch.long)
+    fastest = [math.inf] * 3
+    for _ in range(10):
+        for i, cut in enumerate((Adapter.identity(base), adapter.at_rank(1), adapter)):
+            start = time.perf_counter()
+            wanted = [*{*_places([cut]), base.num_layers}]
+            hidden = (port if i else base).states(ids, torch.ones_like(ids), wanted)
+            cut.logits(base, {place: state[0] for place, state in hidden.items()})
+            fastest[i] = min(fastest[i], time.perf_counter() - start)
+    bare, low, high = fastest
+    slope = max(0.0, high - low) / max(1, adapter.rank - 1)
+    return {rank: (low + slope * (rank - 1)) / bare - 1 for rank in range(1, adapter.rank + 1)}
 
 
 def _several(given: Any, kind: Any, name: str, wanted: str) -> list[Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .errors import ChassisError
 from .models import LanguageModel
@@ -137,15 +139,24 @@ def written(expert: LanguageModel, n: int, split: str = "train", length: int = 2
     if start is None:
         raise ChassisError(f"{expert.name} has no beginning-of-text token to start from: bring your own passages")
     texts: list[str] = []
+    tokenizer, model, begin = expert.tokenizer, copy(expert.model), torch.full((min(256, n), 1), start)
+    # What a call leaves open is taken from the model's own settings (top_k, penalties): they are put aside.
+    ends = {"eos_token_id": model.generation_config.eos_token_id, "pad_token_id": tokenizer.pad_token_id or start}
+    model.generation_config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=length - 1, **ends)
     with torch.random.fork_rng(devices=[expert.device] if expert.device.type == "cuda" else []):
         torch.manual_seed(seed + STARTS[split])
         while len(texts) < n:
-            begin = torch.full((min(256, n), 1), start, device=expert.device)
-            options = {"do_sample": True, "max_new_tokens": length - 1, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
-            options["pad_token_id"] = expert.tokenizer.pad_token_id or start
-            ids = expert.model.generate(begin, attention_mask=torch.ones_like(begin), **options)
+            ids = model.generate(begin.to(expert.device), attention_mask=torch.ones_like(begin).to(expert.device))
             # Rows of the head beyond the tokenizer stand for no token.
             kept = [[i for i in row if i < expert.vocab_size] for row in ids.tolist()]
-            several = expert.tokenizer.batch_decode(kept, skip_special_tokens=True)
-            texts += [text for one in several if (text := one.strip())]
+            several = tokenizer.batch_decode(kept, skip_special_tokens=True)
+            texts += [text for one in several if (text := _cut(tokenizer, one.strip(), length))]
     return Probes(f"written by {expert.name}", "text" if split == "test" else split, tuple(texts[:n]))
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> str:
+    """As much of a text as is at most `length` tokens when it is read again: it may be cut in another way then."""
+    ids, keep = tokenizer(text, verbose=False)["input_ids"], length
+    while len(tokenizer(text, verbose=False)["input_ids"]) > length:
+        text, keep = tokenizer.decode(ids[:keep], skip_special_tokens=True).strip(), keep - 1
+    return text

@@ -18,10 +18,9 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -30,18 +29,19 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
 
-from chassis_utils import Activations, ChassisError, LanguageModel, Probes, evaluate
+from chassis_utils import Activations, Adapter, ChassisError, LanguageModel, Probes, evaluate
 from chassis_utils.activations import _batches, _padded, tokenize
-from chassis_utils.models import _NORM_NAMES, Readout
+from chassis_utils.models import _NORM_NAMES, Place, Readout
+from chassis_utils.solve import Gram, low_rank
 from pocket_recipe import Muon
 
-#: Where a course is measured, as shares of its budget; also before the first step and after the last.
+#: Where a course is measured unless told otherwise; also before the first step and after the last.
 POINTS = tuple(2.0**-k for k in range(5, 0, -1))
 #: Step sizes that `choose_lr` tries unless told otherwise.
 LRS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 BLOCK = 4096  # rows of logits at a time
 
-_COLUMNS = ["kl", "kl_low", "kl_high", "recovered", "top1_agreement", "bits_per_byte"]
+_COLUMNS = "kl kl_low kl_high recovered recovered_low recovered_high top1_agreement bits_per_byte".split()
 
 Batch = list[int]  # prompt numbers
 
@@ -64,12 +64,15 @@ class Contest:
     seconds: float = math.inf  #: Wall time to train in
     steps: int | None = None  #: Optimiser steps at most
     seed: int = 0  #: Of batches and first values
+    #: Of both on text that no choice is made on: what a course ends at is measured there too, as `test_kl` and so on
+    test: Activations | None = None
+    points: Sequence[float] = POINTS  #: Where a course is measured, as shares of its budget
     #: What counts the seconds. On a machine shared with others `time.process_time`, with one thread, is fairer.
     timer: Callable[[], float] = time.perf_counter
     identity: dict[str, float] = field(init=False)  #: kl, top-1 agreement and bits per byte of the unadapted base
 
     def __post_init__(self) -> None:
-        base, expert, held = self.base, self.expert, self.held
+        base, expert = self.base, self.expert
         for role, model in (("base", base), ("expert", expert)):
             if not isinstance(model, LanguageModel):
                 raise ChassisError(f"{role} is a {type(model).__name__}: only a model with weights is trained against")
@@ -77,36 +80,50 @@ class Contest:
                 raise ChassisError(f"{model.name} is edited on the way through: give the bare model")
         if base.tokenizer_hash != expert.tokenizer_hash:
             raise ChassisError(f"{expert.name} and {base.name} have different tokenizers: no position has two answers")
-        if held.base is not base or held.expert is not expert or held.positions != "all":
-            pair = f"{held.base.name} and {held.expert.name} at positions '{held.positions}'"
-            raise ChassisError(f"the held-out activations are of {pair}: harvest this pair at positions='all'")
-        seen = self.prompts.fingerprints & held.probes.fingerprints
-        if seen and held.probes.split != "train":
-            raise ChassisError(f"{len(seen)} of the prompts are held out as well: choose others for one of the two")
+        for held in (self.held, *([] if self.test is None else [self.test])):
+            if held.base is not base or held.expert is not expert or held.positions != "all":
+                pair = f"{held.base.name} and {held.expert.name} at positions '{held.positions}'"
+                raise ChassisError(f"the held-out activations are of {pair}: harvest this pair at positions='all'")
+            seen = self.prompts.fingerprints & held.probes.fingerprints
+            if seen and held.probes.split != "train":
+                raise ChassisError(f"{len(seen)} of the prompts are held out as well: choose others for one of the two")
         if self.steps is None and not 0 < self.seconds < math.inf:
             raise ChassisError(f"seconds = {self.seconds} and no steps: training would never begin or never end")
         if self.steps is not None and self.steps < 0:
             raise ChassisError(f"steps = {self.steps}: give zero or more")
-        row = evaluate(base, expert, [], held).iloc[0]
+        row = evaluate(base, expert, [], self.held).iloc[0]
         self.identity = {name: float(row[name]) for name in ("kl", "top1_agreement", "bits_per_byte")}
         if self.identity["kl"] < 1e-12:
             raise ChassisError(f"{expert.name} answers as {base.name} does on the held-out text: nothing to recover")
 
-    @cached_property
-    def held_ids(self) -> list[list[int]]:
-        """Ids of the held-out prompts."""
-        return tokenize(self.base, self.held.probes)[0]
+    def measure(
+        self, port: LanguageModel, states: torch.Tensor | None = None, held: Activations | None = None
+    ) -> dict[str, float]:
+        """`kl` (nats) and `recovered`, each with its 95% interval, `top1_agreement` and `bits_per_byte`, held out.
 
-    def measure(self, port: LanguageModel, states: torch.Tensor | None = None) -> dict[str, float]:
-        """`kl` (nats) with its 95% interval, `recovered`, `top1_agreement` and `bits_per_byte` on the held-out text.
-
-        `states (n, hidden)` are what its head reads, if no pass is to be made.
+        `states (n, hidden)` are what the port's head reads, if no pass is to be made; `held` is the contest's own
+        unless given.
         """
-        states = _pass(port, self.held_ids, port.num_layers) if states is None else states
-        given = replace(self.held, base=port, hidden={port.num_layers: states})
-        row = evaluate(port, self.expert, [], given).iloc[0]
-        share = 1 - row["kl"] / self.identity["kl"]
-        return {name: float(share if name == "recovered" else row[name]) for name in _COLUMNS}
+        held = self.held if held is None else held
+        states = _pass(port, tokenize(self.base, held.probes)[0], port.num_layers) if states is None else states
+        given = replace(held, hidden=held.hidden | {held.final + 1: states})
+        other = replace(_Port.identity(self.base, held.final + 1), readout=port.readout)
+        row = evaluate(self.base, self.expert, other, given).iloc[1]
+        return {name: float(row[name]) for name in _COLUMNS}
+
+    def finish(self, measure: Callable[[Activations], dict[str, float]]) -> dict[str, float]:
+        """What is measured on the test text, under names that begin with `test_`; nothing where there is none."""
+        return {} if self.test is None else {f"test_{name}": value for name, value in measure(self.test).items()}
+
+
+@dataclass(frozen=True)
+class _Port(Adapter):
+    """Another model in the place of an adapter: its own head, on its own states given as one layer more."""
+
+    readout: Readout | None = None
+
+    def logits(self, base: LanguageModel, hidden: Mapping[Place, torch.Tensor]) -> torch.Tensor:
+        return self.readout(hidden[self.layer])
 
 
 class _Clock:
@@ -202,14 +219,14 @@ class _Trainee:
     parameters: list[torch.nn.Parameter]
     macs: int
     backward: Callable[[Batch], None]  #: Adds the gradient of the mean loss over a batch
-    measure: Callable[[], dict[str, float]]
+    measure: Callable[[Activations], dict[str, float]]  #: On held-out text
     optimizers: Optimizers
     rate: Callable[[int, float], float] = _cosine
     steps: int | None = None  #: A recipe's own number, where the contest sets none
 
 
 def _train(contest: Contest, clock: _Clock, text: _Text, trainee: _Trainee, batch_tokens: int) -> pd.DataFrame:
-    """Descend until the budget ends; one row a point of `POINTS`."""
+    """Descend until the budget ends; one row a point of the contest's."""
     rows: list[dict[str, object]] = []
     step = tokens = 0
     steps = trainee.steps if contest.steps is None else contest.steps
@@ -220,16 +237,19 @@ def _train(contest: Contest, clock: _Clock, text: _Text, trainee: _Trainee, batc
         by_steps = 0.0 if steps is None else step / steps if steps else 1.0
         return max(by_steps, clock.seconds / contest.seconds)
 
+    def measured(held: Activations) -> dict[str, float]:
+        finite = all(p.isfinite().all() for p in trainee.parameters)
+        # A step size may be far too large: that is a result, and a search for one goes on.
+        return trainee.measure(held) if finite else dict.fromkeys(_COLUMNS, math.nan) | {"kl": math.inf}
+
     def note() -> None:
         seconds = clock.seconds
         with clock.stopped():
-            finite = all(p.isfinite().all() for p in trainee.parameters)
-            # A step size may be far too large: that is a result, and a search for one goes on.
-            measured = trainee.measure() if finite else dict.fromkeys(_COLUMNS, math.nan) | {"kl": math.inf}
-        rows.append(fixed | {"step": step, "tokens": tokens, "seconds": seconds} | measured)
+            here = measured(contest.held)
+        rows.append(fixed | {"step": step, "tokens": tokens, "seconds": seconds} | here)
 
     note()
-    points, batches = [point for point in POINTS if point > progress()], text.batches(batch_tokens)
+    points, batches = [point for point in contest.points if point > progress()], text.batches(batch_tokens)
     while (now := progress()) < 1:
         if points and now >= points[0]:
             points = [point for point in points if point > now]
@@ -245,6 +265,7 @@ def _train(contest: Contest, clock: _Clock, text: _Text, trainee: _Trainee, batc
         step, tokens = step + 1, tokens + int(text.lengths[batch].sum())
     if step:
         note()
+    rows[-1] |= contest.finish(measured)
     return pd.DataFrame(rows)
 
 
@@ -311,9 +332,9 @@ def lora(
         target = contest.expert.readout(text.states(contest.expert, contest.expert.num_layers, batch))
         cross_entropy(ours, target.softmax(-1)).backward()
 
-    def measure() -> dict[str, float]:
+    def measure(held: Activations) -> dict[str, float]:
         merged = copy.deepcopy(adapted).merge_and_unload()
-        return contest.measure(LanguageModel(f"{base.name} with LoRA {rank}", merged, base.tokenizer))
+        return contest.measure(LanguageModel(f"{base.name} with LoRA {rank}", merged, base.tokenizer), None, held)
 
     name = {"method": "lora_head" if head else "lora", "rank": rank, "lr": lr}
     extra = sum(rank * sum(shape) for shape in chosen.values())
@@ -343,9 +364,9 @@ def head_only(contest: Contest, *, lr: float = 3e-3, batch_tokens: int = 1024) -
         states = text.states(base, base.num_layers, batch)
         _distil(contest, text, batch, lambda rows: reading(weight)(states[rows]))
 
-    def measure() -> dict[str, float]:
+    def measure(held: Activations) -> dict[str, float]:
         own = reading(weight.detach().clone())
-        return contest.measure(_reader(base, own), contest.held.layer(-1))
+        return contest.measure(_reader(base, own), held.layer(-1), held)
 
     adam = torch.optim.Adam([weight], lr=lr, betas=(0.9, 0.99))
     trainee = _Trainee({"method": "head_only", "lr": lr}, [weight], multiply_adds(base), backward, measure, [adam])
@@ -417,13 +438,15 @@ def tuned_lens(
         states = text.states(base, layer, batch)
         _distil(contest, text, batch, lambda rows: expert.readout(translated(states[rows])))
 
-    def measure() -> dict[str, float]:
-        if layer not in held:
-            held[layer] = _pass(base, contest.held_ids, layer)
+    def measure(held: Activations) -> dict[str, float]:
+        if held.probes not in read:
+            known = held.hidden.get(layer)
+            read[held.probes] = _pass(base, tokenize(base, held.probes)[0], layer) if known is None else known
+        states = read[held.probes]
         with torch.no_grad():
-            return contest.measure(expert, translated(held[layer].to(base.device)))
+            return contest.measure(expert, translated(states.to(base.device)), held)
 
-    held = dict(contest.held.hidden)
+    read: dict[Probes, torch.Tensor] = {}
     weights = [translator.weight, translator.bias]
     if recipe:
         nesterov = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}
@@ -468,14 +491,18 @@ def choose_lr(
 # ------------------------------------------------------------------------------------- without training
 
 
-def weight_svd(contest: Contest, ranks: Sequence[int] = (4, 16, 64), *, embeddings: bool = True) -> pd.DataFrame:
-    """The best approximation of every weight's difference, expert minus base, at each rank; no text is read.
+def weight_svd(
+    contest: Contest, ranks: Sequence[int] = (4, 16, 64), *, embeddings: bool = True, data: bool = False
+) -> pd.DataFrame:
+    """The best approximation of every weight's difference, expert minus base, at each rank.
 
-    This is what mergekit's `extract-lora` takes: factors of each matrix, with `embeddings` of embedding and head too,
-    and vectors (norms, biases) whole. `macs` as for `lora`: of the factors kept apart.
+    By itself it is what mergekit's `extract-lora` takes, and no text is read: truncated SVD of each matrix, with
+    `embeddings` of embedding and head too, and vectors (norms, biases) whole. With `data` the cut is the best for what
+    each matrix makes of its inputs in the expert on the prompts: reduced rank in the metric of their second moments, as
+    in SVD-LLM (Wang et al. 2024) and QERA (Zhang et al. 2024). `macs` as for `lora`: of the factors kept apart.
 
     Returns:
-        One row a rank, columns as `lora` has them; `seconds` are of the decompositions, which all ranks share.
+        One row a rank, columns as `lora` has them; `seconds` are of passes and decompositions, which all ranks share.
 
     Raises:
         ChassisError: a rank of 0 or below, or weights of other names or shapes.
@@ -493,32 +520,99 @@ def weight_svd(contest: Contest, ranks: Sequence[int] = (4, 16, 64), *, embeddin
     outer = {id(module.weight) for module in (table, output)}
     outer_names = {name for name, p in base.model.named_parameters(remove_duplicate=False) if id(p) in outer}
     looked_up = {name for name, p in base.model.named_parameters() if p is table.weight and p is not output.weight}
+    moments = second_moments(expert, contest.prompts) if data else {}
     factors, vectors, size = {}, {}, 0
     for name, _ in base.model.named_parameters():
         difference = theirs[name].float() - ours[name].float()
         if difference.ndim != 2:
             vectors[name], size = theirs[name], size + difference.numel()
         elif embeddings or name not in outer_names:
-            factors[name] = torch.linalg.svd(difference, full_matrices=False)
+            factors[name] = _cut(difference, *moments.get(name, (None, False)))
     common, rows = clock.seconds, []
     for rank in ranks:
         begin = clock.seconds
         model, parameters, macs = copy.deepcopy(base.model), size, multiply_adds(base)
         state = {name: tensor.to(ours[name]) for name, tensor in vectors.items()}
-        for name, (u, s, v) in factors.items():
-            kept = min(rank, len(s))
-            change = (u[:, :kept] * s[:kept]) @ v[:kept]
-            state[name] = (ours[name].float() + change).to(ours[name])
-            parameters += kept * (len(u) + v.shape[1])
+        for name, (left, right) in factors.items():
+            kept = min(rank, len(right))
+            state[name] = (ours[name].float() + left[:, :kept] @ right[:kept]).to(ours[name])
+            parameters += kept * (len(left) + right.shape[1])
             # A row of an embedding is looked up; only the way from the rank to the hidden size is multiplied.
-            macs += kept * (v.shape[1] if name in looked_up else len(u) + v.shape[1])
+            macs += kept * (right.shape[1] if name in looked_up else len(left) + right.shape[1])
         model.load_state_dict(state, strict=False)
         seconds = common + clock.seconds - begin
-        measured = contest.measure(LanguageModel(f"{base.name} with weight SVD {rank}", model, base.tokenizer))
-        row = {"method": "weight_svd" if embeddings else "weight_svd_blocks", "rank": rank}
-        row |= {"parameters": parameters, "macs": macs, "step": 0, "tokens": 0, "seconds": seconds}
-        rows.append(row | measured)
+        port = LanguageModel(f"{base.name} with weight SVD {rank}", model, base.tokenizer)
+
+        def measure(held: Activations, port: LanguageModel = port) -> dict[str, float]:
+            return contest.measure(port, None, held)
+
+        row = {"method": "weight_svd" + ("_data" if data else "") + ("" if embeddings else "_blocks")}
+        row |= {"rank": rank, "parameters": parameters, "macs": macs, "step": 0, "tokens": 0, "seconds": seconds}
+        rows.append(row | measure(contest.held) | contest.finish(measure))
     return pd.DataFrame(rows)
+
+
+Moments = dict[str, tuple[torch.Tensor, bool]]
+
+
+def second_moments(model: LanguageModel, prompts: Probes) -> Moments:
+    """What every matrix of the model is multiplied with on these prompts: the mean of `x x'` over all positions.
+
+    Returns:
+        Name of a matrix -> its moments, float64, `(p, p)`, or `(p,)` where x is a token, and whether p is the second
+        side of the matrix. A share of 1e-6 of their mean is added to the diagonal, so that no direction is lost; to a
+        token that does not occur goes as much as if it occurred once.
+    """
+    modules = dict(model.model.named_modules())
+    table, output = model.model.get_input_embeddings(), model.model.get_output_embeddings()
+    linear = {n: m for n, m in modules.items() if isinstance(m, torch.nn.Linear | Conv1D) and m is not output}
+    sums: dict[str, Gram] = {}
+    same: dict[str, str] = {}  # maps that read what another one reads
+    real, last = torch.empty(0), ("", torch.empty(0))
+
+    def add(name: str, x: torch.Tensor) -> None:
+        nonlocal last
+        if x is last[1]:
+            same[name] = last[0]
+        if name not in same:
+            last, rows = (name, x), x[real]
+            sums.setdefault(name, Gram.zeros(rows.shape[1], 0)).update(rows.cpu(), rows.cpu()[:, :0])
+
+    hooks = [m.register_forward_pre_hook(lambda _, args, n=n: add(n, args[0])) for n, m in linear.items()]
+    ids = tokenize(model, prompts)[0]
+    try:
+        for batch in _batches({i: len(own) for i, own in enumerate(ids)}, BLOCK):
+            tokens, mask = _padded([ids[i] for i in batch])
+            real, last = mask.bool().to(model.device), ("", torch.empty(0))
+            add("", model.states(tokens, mask)[model.num_layers])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    counts = torch.bincount(torch.tensor([i for own in ids for i in own]), minlength=len(table.weight)).double()
+    found: Moments = {}
+    for name, module in modules.items():
+        # A matrix that is both embedding and head counts as what the head reads.
+        if module is output or module in linear.values() or (module is table and table.weight is output.weight):
+            gram = sums[same.get(name, name) if name in linear else ""]
+            moment = gram.xx / gram.n
+            moment.diagonal().add_(1e-6 * moment.diagonal().mean())
+            found[f"{name}.weight"] = (moment, not isinstance(module, Conv1D))
+        elif module is table:
+            found[f"{name}.weight"] = (counts + 1, False)
+    return found
+
+
+def _cut(difference: torch.Tensor, moment: torch.Tensor | None, second: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`left (rows, m)`, `right (m, columns)`, whose first r are the best approximation at every rank r."""
+    if moment is None:
+        left, values, right = torch.linalg.svd(difference, full_matrices=False)
+        return left * values, right
+    if moment.ndim == 1:
+        # Turned, so that what is decomposed has the hidden size and not the vocabulary's.
+        down, up, _ = low_rank(difference.T * moment.sqrt())
+        return (up.T / moment[:, None].sqrt()).float(), down.T.float()
+    down, up, _ = low_rank(difference.T if second else difference, moment)
+    return (up.T.float(), down.T.float()) if second else (down.float(), up.float())
 
 
 def proxy(contest: Contest, small: LanguageModel | None = None, anti: LanguageModel | None = None) -> pd.DataFrame:
@@ -548,7 +642,8 @@ def proxy(contest: Contest, small: LanguageModel | None = None, anti: LanguageMo
     signs = (1, 1, -1)
     weight = torch.cat([sign * readout.weight for sign, readout in zip(signs, readouts, strict=True)], dim=1)
     biases = [sign * readout.bias for sign, readout in zip(signs, readouts, strict=True) if readout.bias is not None]
-    own = [_pass(model, contest.held_ids, model.num_layers) for model in (base, small, anti)]
+    ids = tokenize(base, contest.held.probes)[0]
+    own = [_pass(model, ids, model.num_layers) for model in (base, small, anti)]
     measured = contest.measure(_reader(base, Readout(weight, sum(biases) if biases else None)), torch.cat(own, dim=1))
     running = {id(model): model for model in (base, small, anti)}
     beside = sum(model.model.num_parameters() for key, model in running.items() if key != id(base))

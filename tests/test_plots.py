@@ -175,7 +175,9 @@ def test_every_colour_stands_out_on_white_and_on_black(colour: str) -> None:
     "as_reported v1 hidden rrr rrr_hidden matched identity", "as_reported adam bohning accelerated lbfgs identity",
     "v2 v1 ridge rrr layers inner relu fourier limit identity",
     "v2 rrr lora_4 lora_16 lora_64 lora_head head_only tuned_lens tuned_lens_adam tuned_lens_muon weight_svd "
-    "weight_svd_blocks proxy identity"])
+    "weight_svd_blocks weight_svd_data weight_svd_data_blocks proxy identity",
+    "v2 rrr lora_4 lora_16 lora_64 head_only tuned_lens tuned_lens_adam weight_svd_4 weight_svd_16 weight_svd_64 "
+    "weight_svd_data_4 weight_svd_data_16 weight_svd_data_64 identity"])
 def test_methods_of_a_figure_differ_by_colour_and_what_they_were_fitted_on_by_dash(figure: str) -> None:
     together = {name: plots.METHODS[name] for name in figure.split()}
     for method, (label, colour, marker, dash) in together.items():

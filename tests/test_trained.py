@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,18 @@ from conftest import make, refused
 from chassis_utils import Activations, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load, probe_set
 from chassis_utils.models import tensor_hash
 from recast import recast
-from trained import Contest, choose_lr, head_only, lora, multiply_adds, proxy, tuned_lens, weight_svd
+from trained import (
+    Contest,
+    _cut,
+    choose_lr,
+    head_only,
+    lora,
+    multiply_adds,
+    proxy,
+    second_moments,
+    tuned_lens,
+    weight_svd,
+)
 
 HIDDEN, VOCAB, RANK = 192, 4096, 4
 #: Rows and columns of every linear map of a pocket block: q, k, v, o, gate, up, down.
@@ -124,7 +136,7 @@ def test_same_seed_same_course_other_seed_another(contest: Contest) -> None:
 
 
 def test_time_ends_training_and_measuring_takes_none(contest: Contest) -> None:
-    course = head_only(replace(contest, steps=None, seconds=2.0))
+    course = head_only(replace(contest, steps=None, seconds=2.0, timer=time.process_time), batch_tokens=256)
     # One step may still be under way when time is up.
     assert 2.0 <= course["seconds"].iloc[-1] < 3.0
     assert len(course) >= 4
@@ -179,6 +191,112 @@ def test_weight_svd_without_embeddings_leaves_them(contest: Contest) -> None:
     by_hand = evaluate(port, contest.expert, [], harvest(port, contest.expert, contest.held.probes, "all", [-1]))
     assert inner["kl"] == pytest.approx(by_hand["kl"].iloc[0], rel=1e-4)
     assert inner["kl"] > outer["kl"] and inner["parameters"] < outer["parameters"]
+
+
+def test_weight_svd_on_the_data_is_exact_at_full_rank_and_nearer_below(contest: Contest) -> None:
+    there = weight_svd(contest, (16, 64, 192), data=True)
+    plain = weight_svd(contest, (16, 64, 192))
+    assert set(there["method"]) == {"weight_svd_data"}
+    assert there["kl"].iloc[-1] < 1e-9
+    assert (there["kl"].iloc[:2] < plain["kl"].iloc[:2]).all()
+    for same in ("parameters", "macs", "rank"):
+        assert there[same].tolist() == plain[same].tolist()
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])
+@pytest.mark.parametrize("second", [True, False])
+def test_a_cut_is_never_worse_in_its_own_metric_and_plain_where_inputs_are_white(
+    shape: tuple[int, int], second: bool
+) -> None:
+    generator = torch.Generator().manual_seed(sum(shape))
+    difference = torch.randn(shape, generator=generator)
+    p = shape[1] if second else shape[0]
+    x = torch.randn(500, p, generator=generator, dtype=torch.float64) * torch.logspace(0, -3, p)
+    moment = x.T @ x / len(x)
+
+    def lost(change: torch.Tensor) -> float:
+        left = (difference - change).double()
+        return float((x @ (left.T if second else left)).square().sum())
+
+    own, plain = _cut(difference, moment, second), _cut(difference, None, second)
+    white = _cut(difference, 3 * torch.eye(p, dtype=torch.float64), second)
+    for rank in range(1, min(shape) + 1):
+        changes = [left[:, :rank] @ right[:rank] for left, right in (own, plain, white)]
+        assert all(torch.linalg.matrix_rank(change) <= rank for change in changes)
+        assert lost(changes[0]) <= lost(changes[1]) * (1 + 1e-4) + 1e-6
+        torch.testing.assert_close(changes[2], changes[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(changes[0], difference, atol=2e-3, rtol=2e-3)
+
+
+def test_tokens_that_occur_more_often_are_nearer() -> None:
+    difference = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+    counts = torch.ones(30, dtype=torch.float64)
+    counts[:5] = 1e4
+    left, right = _cut(difference, counts, False)
+    kept, plain = left[:, :5] @ right[:5], torch.linalg.svd(difference, full_matrices=False)
+    by_svd = (plain.U[:, :5] * plain.S[:5]) @ plain.Vh[:5]
+    far = [(difference - change)[:5].norm() for change in (kept, by_svd)]
+    assert far[0] < 0.1 * far[1]
+    torch.testing.assert_close(left @ right, difference, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Bloom"])
+def test_moments_are_of_what_every_matrix_reads(kind: str, tmp_path: Path) -> None:
+    """Brute force: one prompt at a time, every module's own input."""
+    model = load(str(make(tmp_path / kind, kind)), device="cpu")
+    prompts = Probes("hills", "train", ("The river rises in the hills.", "Nine towns.", "A baker has 24 rolls."))
+    found, inputs = second_moments(model, prompts), {}
+    head = model.model.get_output_embeddings()
+    linear = {n: m for n, m in model.model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
+    hooks = [
+        m.register_forward_pre_hook(lambda _, args, n=n: inputs.setdefault(n, []).append(args[0][0].detach()))
+        for n, m in linear.items()
+    ]
+    ids = [model.tokenizer(prompt)["input_ids"] for prompt in prompts.prompts]
+    for own in ids:
+        model.model(torch.tensor([own]))
+    for hook in hooks:
+        hook.remove()
+    assert not any(m._forward_pre_hooks for m in linear.values())
+    for name, module in linear.items():
+        x = torch.cat(inputs[name]).double()
+        wanted = x.T @ x / len(x)
+        moment, second = found[f"{name}.weight"]
+        assert second == (type(module).__name__ == "Linear")
+        torch.testing.assert_close(moment, wanted, atol=2e-6 * float(wanted.diagonal().max()), rtol=1e-4)
+    table = model.model.get_input_embeddings()
+    name = next(n for n, m in model.model.named_modules() if m is table)
+    moment, _ = found[f"{name}.weight"]
+    if table.weight is head.weight:
+        assert moment.shape == (model.hidden_size, model.hidden_size)
+    else:
+        counts = torch.tensor([sum(own.count(i) for own in ids) for i in range(len(table.weight))])
+        assert torch.equal(moment, counts.double() + 1)
+
+
+def test_ends_are_judged_on_text_of_their_own(contest: Contest) -> None:
+    probes = probe_set("math-text", "test", 2)
+    test = harvest(contest.base, contest.expert, probes, "all", [-1], progress=False)
+    there = replace(contest, steps=4, points=(0.5,), test=test)
+    course = head_only(there, lr=1e-3)
+    assert course["step"].tolist() == [0, 2, 4]
+    assert course["test_kl"].isna().tolist() == [True, True, False]
+    again = head_only(replace(there, held=test, test=None), lr=1e-3)
+    assert course["test_kl"].iloc[-1] == again["kl"].iloc[-1]
+    assert weight_svd(there, (4,))["test_kl"].iloc[0] == weight_svd(replace(there, held=test), (4,))["kl"].iloc[0]
+    with refused("of the prompts are held out"):
+        Contest(contest.base, contest.expert, probes, contest.held, steps=1, test=test)
+
+
+def test_the_share_has_the_interval_over_prompts_that_evaluate_gives(contest: Contest) -> None:
+    a = harvest(contest.base, contest.expert, contest.prompts, "all", [-1], progress=False)
+    hidden = fit(a, "hidden", lam=1.0)
+    wanted = evaluate(contest.base, contest.expert, hidden, contest.held).iloc[1]
+    states = contest.held.layer(-1)
+    got = contest.measure(contest.base, states + hidden.correction(contest.held.hidden))
+    for name, value in got.items():
+        assert value == pytest.approx(wanted[name], rel=1e-5, abs=1e-6), name
+    assert got["recovered_low"] < got["recovered"] < got["recovered_high"]
 
 
 def test_proxy_of_the_expert_is_the_expert_at_its_price(contest: Contest) -> None:
