@@ -18,6 +18,7 @@ lab: $(READY)  ## JupyterLab on the notebooks
 
 bench: $(READY)  ## ratios, each measured within one run
 	@$(BIN)/python benchmarks/bench.py
+	@$(BIN)/python benchmarks/families.py --out benchmarks/families.json
 
 clean:  ## what was built, but not the environment
 	rm -rf _build build book/run *.egg-info .pytest_cache .ruff_cache .hypothesis .jupyter_cache

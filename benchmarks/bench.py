@@ -8,8 +8,9 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -17,7 +18,8 @@ from torch.nn.functional import kl_div
 from tqdm.auto import tqdm
 
 from chassis_utils import ChassisError, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load, probe_set
-from chassis_utils.activations import Expert, _batches, _padded, tokenize
+from chassis_utils.activations import Expert, batched, tokenize
+from chassis_utils.records import replacing
 from chassis_utils.solve import Gram
 
 RANKS = (4, 8, 16, 32, 64, 128)
@@ -41,15 +43,11 @@ def ours(base: LanguageModel, expert: Expert, n: int, layers: list[int], method:
     return evaluate(base, expert, [one.at_rank(rank) for one in full for rank in RANKS], held_out)
 
 
-def whole(base: LanguageModel, n: int) -> list[dict[str, torch.Tensor]]:
-    """Padded ids and masks `(batch, length)` of the same prompts, batched by length as in `harvest`, nothing shared."""
-    batches = []
-    for given in probes(n):
-        ids = tokenize(base, given)[0]
-        for batch in _batches([len(one) for one in ids], 4096):
-            tokens, mask = _padded([ids[i] for i in batch])
-            batches.append({"input_ids": tokens, "attention_mask": mask})
-    return batches
+def whole(base: LanguageModel, several: Iterable[Probes]) -> list[dict[str, torch.Tensor]]:
+    """Padded ids and masks `(batch, length)` of the prompts, batched by length as in `harvest`, nothing shared."""
+    ids = (tokenize(base, given)[0] for given in several)
+    padded = ((tokens, mask) for own in ids for _, tokens, mask in batched(own, 4096))
+    return [{"input_ids": tokens, "attention_mask": mask} for tokens, mask in padded]
 
 
 @torch.inference_mode()
@@ -102,30 +100,79 @@ def study(base: LanguageModel, expert: SyntheticExpert, n: int, layers: list[int
     return found
 
 
-def ratios(over: str, parts: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Time the parts in turn and divide `over` by each other part, repetition by repetition."""
+def timed(
+    parts: dict[str, Callable[[], object]], clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each part, `REPETITIONS` times in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for repetition in tqdm(range(REPETITIONS), desc=over, leave=False):
+    for repetition in range(REPETITIONS):
         # Forth, then back: a machine that slows down or speeds up favours none.
-        for name in reversed(parts) if repetition % 2 else parts:
-            start = time.perf_counter()
+        for name in tqdm(list(reversed(parts) if repetition % 2 else parts), desc=f"round {repetition}", leave=False):
+            start = clock()
             parts[name]()
-            seconds[name].append(time.perf_counter() - start)
-    below = {name: times for name, times in seconds.items() if name != over}
-    return {f"{over} / {name}": [a / b for a, b in zip(seconds[over], t, strict=True)] for name, t in below.items()}
+            seconds[name].append(clock() - start)
+    return seconds
 
 
-def peak(name: str, n: int) -> int:
+def quotients(seconds: dict[str, list[float]], over: str, below: Iterable[str]) -> dict[str, list[float]]:
+    """`over` divided by each part below the line, repetition by repetition."""
+    return {f"{over} / {name}": [a / b for a, b in zip(seconds[over], seconds[name], strict=True)] for name in below}
+
+
+def ratios(over: str, parts: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Time the parts in turn and divide `over` by each other part."""
+    return quotients(timed(parts), over, [name for name in parts if name != over])
+
+
+def alone(function: Callable[..., Any], several: Iterable[tuple]) -> list[Any]:
+    """What the function gives for each set of arguments, each in a new process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return [pool.apply(function, arguments) for arguments in several]
+
+
+def peak() -> int:
+    """Peak memory of this process so far, bytes."""
+    # Kilobytes, but bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def harvested(name: str, n: int) -> int:
     """Peak memory of this process after harvest and statistics of n prompts, every layer."""
     base = load(name, device="cpu")
     activations = harvest(base, SyntheticExpert.from_base(base), probe_set("mixed", "train", n), progress=False)
     Gram.of(activations.layer(-1), activations.expert_hidden)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak()
+
+
+def setting() -> dict[str, Any]:
+    """What figures depend on besides the code."""
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "processors": os.cpu_count()}
+
+
+def write(path: Path, data: object) -> None:
+    """Write JSON, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def keep(path: Path, **parts: object) -> dict[str, Any]:
+    """Put parts among the figures kept in a file, which are returned.
+
+    Raises:
+        ChassisError: what is there holds no figures.
+    """
+    try:
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        kept |= parts
+    except (ValueError, TypeError) as error:
+        raise ChassisError(f"{path} holds no figures ({type(error).__name__}): move it away") from error
+    write(path, kept)
+    return kept
 
 
 def measure(base: LanguageModel, expert: LanguageModel, n: int) -> dict[str, list[float]]:
     """All ratios of time by name; of KL too, to show that both ways find the same adapters."""
-    final, synthetic, batches = base.num_layers, SyntheticExpert.from_base(base), whole(base, n)
+    final, synthetic, batches = base.num_layers, SyntheticExpert.from_base(base), whole(base, probes(n))
     parts, kept = {"ours": lambda: ours(base, expert, n, [final], "rrr")}, {}
     parts["bare passes"] = lambda: bare([base.model, expert.model], batches)
     parts["bare passes without heads"] = lambda: bare([base.backbone, expert.backbone], batches)
@@ -147,20 +194,17 @@ def main() -> bool:
     parser.add_argument("--n", type=int, default=4096, help="training prompts; the targets are for 4096")
     args = parser.parse_args()
     # First, as a new process starts from the peak of the one that makes it.
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        small, large = pool.starmap(peak, [(args.base, args.n // 4), (args.base, args.n)], chunksize=1)
+    small, large = alone(harvested, [(args.base, args.n // 4), (args.base, args.n)])
     found = measure(load(args.base, device="cpu"), load(args.expert, device="cpu"), args.n)
     found["peak memory, n / (n / 4) prompts"] = [large / small]
-    setting = vars(args) | {"ranks": RANKS, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    print(", ".join(f"{key} {value}" for key, value in setting.items()))
+    settings = vars(args) | {"ranks": RANKS} | setting()
+    print(", ".join(f"{key} {value}" for key, value in settings.items()))
     for name, runs in found.items():
         print(f"{name:<48}{statistics.median(runs):9.3f}   ({min(runs):.3f} to {max(runs):.3f})")
     cost, gain = (statistics.median(found[name]) for name in ("ours / bare passes", "study, final layer / ours"))
     met = {f"cost {cost:.2f} at most 1.25": cost <= 1.25, f"gain {gain:.1f} at least 10": gain >= 10}
     print(", ".join(f"{target}: {'met' if good else 'MISSED'}" for target, good in met.items()))
-    temporary = RESULTS.with_name(f".{RESULTS.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(setting | {"ratios": found, "targets": met}, indent=1) + "\n")
-    os.replace(temporary, RESULTS)
+    write(RESULTS, settings | {"ratios": found, "targets": met})
     return all(met.values())
 
 

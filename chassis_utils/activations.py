@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -241,8 +241,7 @@ class _Run:
         rows: dict[int, dict[Place, torch.Tensor]] = {i: {} for i in range(len(ids))}
         last = self.positions == "last"
         for cut, some in _shared(ids) if last and model.keeps_cache else [(0, list(rows))]:
-            for batch in _batches({i: len(ids[i]) - cut for i in some}, self.batch_tokens):
-                tokens, mask = _padded([ids[i][cut:] for i in batch], self.padding)
+            for batch, tokens, mask in batched(ids, self.batch_tokens, self.padding, some, cut):
                 for layer, states in model.states(tokens, mask, layers, ids[batch[0]][:cut]).items():
                     for i, state, own in zip(batch, states.cpu(), mask.bool(), strict=True):
                         rows[i][layer] = state[own][-1 if last else 0 :].clone()
@@ -311,6 +310,15 @@ def _check_ids(model: LanguageModel, probes: Probes, encoded: list[list[int]]) -
             raise ChassisError(f"{here} {len(ids)} tokens, {model.name} takes {model.context}: shorten it")
         if not ids or max(ids) >= rows:
             raise ChassisError(f"{here} no token, or one that {model.name} does not have")
+
+
+def batched(
+    ids: Sequence[list[int]], batch_tokens: int, side: str = "right", some: Sequence[int] | None = None, cut: int = 0
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Prompt numbers, padded ids and mask `(batch, length)`, of all or `some` prompts, less their first `cut` ids."""
+    some = range(len(ids)) if some is None else some
+    for batch in _batches({i: len(ids[i]) - cut for i in some}, batch_tokens):
+        yield batch, *_padded([ids[i][cut:] for i in batch], side)
 
 
 def _batches(lengths: dict[int, int], batch_tokens: int) -> list[list[int]]:

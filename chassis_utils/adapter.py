@@ -104,8 +104,13 @@ class Adapter:
         parts = [own, self.space, self.onto, repr(self.features), *(edit.revision for edit in self.edits)]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
-    def logits(self, base: LanguageModel, hidden: Mapping[Place, torch.Tensor]) -> torch.Tensor:
-        """Adapted logits `(n, vocab)` from the base's hidden states, layer -> `(n, hidden)`, after its edits."""
+    def logits(
+        self, base: LanguageModel, hidden: Mapping[Place, torch.Tensor], plain: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Adapted logits `(n, vocab)` from the base's hidden states, layer -> `(n, hidden)`, after its edits.
+
+        `plain` saves a product where several adapters are compared: the linear logits of the final states among them.
+        """
         readout, state = base.readout, hidden[self.layer]
         correction = self.correction(hidden)
         if self.onto == "nothing":
@@ -115,9 +120,8 @@ class Adapter:
             start = base.final_norm(state)
         if self.space == "hidden":
             return readout(start + correction)
-        if self.columns is None:
-            return readout.cap(readout.linear(start) + correction)
-        return readout.cap(readout.linear(start).index_add(1, self.columns, correction))
+        own = plain if plain is not None and self.onto == "final" else readout.linear(start)
+        return readout.cap(own + correction if self.columns is None else own.index_add(1, self.columns, correction))
 
     def into_hidden(self, base: LanguageModel, inverse: str = "pseudo") -> Adapter:
         """The change of logits as a change of the head's input.

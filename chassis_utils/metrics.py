@@ -24,9 +24,12 @@ BLOCK = 4_000_000  # logits a block
 
 
 def kl(expert_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """KL(expert || adapted) of each row, nats, float64: `(n, vocab)`, `(n, vocab)` to `(n,)`."""
-    p, q = expert_logits.double().log_softmax(-1), logits.double().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+    """KL(expert || adapted) of each row, nats, float64: `(n, vocab)`, `(n, vocab)` to `(n,)`; some rows at a time."""
+    step, found = max(1, BLOCK // logits.shape[-1]), []
+    for pair in zip(expert_logits.split(step), logits.split(step), strict=True):
+        p, q = (part.double().log_softmax(-1) for part in pair)
+        found.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(found)
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
@@ -232,9 +235,10 @@ def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow
         target = expert.readout(a.expert_hidden[rows].to(base.device)).double().log_softmax(-1)
         weight, first = target.exp(), target.argmax(-1)
         following = a.next_token[rows].to(base.device)
+        plain = base.readout.linear(hidden[base.num_layers])  # what all ranks add to
         for i, adapter in enumerate(everyone):
             here = hidden if i else hidden | {base.num_layers: bare[rows].to(base.device)}
-            ours = adapter.logits(base, here).double().log_softmax(-1)
+            ours = adapter.logits(base, here, plain if i else None).double().log_softmax(-1)
             nats = -ours.gather(1, following.clamp(min=0)[:, None])[:, 0][following >= 0].sum()
             agree = (ours.argmax(-1) == first).sum()
             totals[i] += torch.stack([agree.double(), nats]).cpu()

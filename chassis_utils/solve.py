@@ -53,9 +53,9 @@ class Gram:
             # The upper half alone is multiplied, strip by strip, then mirrored.
             for left in range(0, a.shape[1], STRIP):
                 strip = slice(left, left + STRIP)
-                self.xx[strip, left:] += a[:, strip].T @ a[:, left:]
+                self.xx[strip, left:].addmm_(a[:, strip].T, a[:, left:])
                 self.xx[left + STRIP :, strip] = self.xx[strip, left + STRIP :].T
-            self.xy += a.T @ b
+            self.xy.addmm_(a.T, b)
         return self
 
     def __add__(self, other: Gram) -> Gram:
@@ -64,7 +64,7 @@ class Gram:
 
     def part(self, columns: torch.Tensor) -> Gram:
         """Only those columns of x."""
-        return Gram(self.n, self.x[columns], self.y, self.xx[columns][:, columns], self.xy[columns])
+        return Gram(self.n, self.x[columns], self.y, self.xx[columns[:, None], columns], self.xy[columns])
 
     def error(self, weight: torch.Tensor, bias: torch.Tensor) -> float:
         """Sum of `|y - x W - b|^2` over the rows, less the sum of `|y|^2`, which no fit changes."""
@@ -74,38 +74,39 @@ class Gram:
     @property
     def covariance(self) -> torch.Tensor:
         """`(p, p)` centred sum of squares, `Xc' Xc`."""
-        return self.xx - torch.outer(self.x, self.x) / self.n
+        return torch.addr(self.xx, self.x, self.x, alpha=-1 / self.n)
 
     @property
     def cross(self) -> torch.Tensor:
         """`(p, q)` centred cross product, `Xc' Yc`."""
-        return self.xy - torch.outer(self.x, self.y) / self.n
+        return torch.addr(self.xy, self.x, self.y, alpha=-1 / self.n)
 
 
 def effective_rank(covariance: torch.Tensor) -> float:
     """`(trace)^2 / trace of squares` of a covariance `(p, p)`: how many directions the data really spans."""
-    return float(covariance.trace() ** 2 / (covariance * covariance.T).sum())
+    return float((covariance.trace() / covariance.norm()) ** 2)
 
 
-def ridge(gram: Gram, lam: float = 1e-3) -> tuple[torch.Tensor, torch.Tensor]:
+def ridge(gram: Gram, lam: float = 1e-3, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """`W (p, q) = (Xc'Xc + lam I)^-1 Xc'Yc` and `b (q,) = mean(y) - mean(x) W`, in float64.
 
-    Source: the study's `ridge`; lam is added to the sum of squares, not to the mean.
+    Source: the study's `ridge`; lam is added to the sum of squares, not to the mean. `scale (p,)` stands for I's ones.
 
     Raises:
         ChassisError: lam is negative, or the system is singular (lam too small for these rows).
     """
     if not 0 <= lam < float("inf"):
         raise ChassisError(f"lam = {lam}: give a finite number of at least zero")
-    covariance = gram.covariance
-    p = len(covariance)
+    factor = gram.covariance  # made into its factor: there may be no room for both
+    p = len(factor)
     if gram.n <= p:
-        spanned = f"{gram.n} rows for {p} dimensions (effective rank {effective_rank(covariance):.1f})"
+        spanned = f"{gram.n} rows for {p} dimensions (effective rank {effective_rank(factor):.1f})"
         warnings.warn(f"{spanned}: the fit interpolates", stacklevel=3)
-    factor, info = torch.linalg.cholesky_ex(covariance + lam * torch.eye(p).to(covariance))
+    factor.diagonal().add_(lam if scale is None else lam * scale)
+    factor, info = torch.linalg.cholesky_ex(factor)
     # Without a penalty, rounding may let a singular matrix through with a last pivot of its own size.
-    lost = p * torch.finfo(torch.float64).eps * gram.xx.diagonal().max()
-    if int(info) != 0 or (lam == 0 and (gram.n <= p or factor.diagonal().min() ** 2 < lost)):
+    lost = factor.diagonal() ** 2 < p * torch.finfo(torch.float64).eps * gram.xx.diagonal()
+    if int(info) != 0 or (lam == 0 and (gram.n <= p or lost.any())):
         raise ChassisError(f"the system is singular at lam = {lam:g} with {gram.n} rows of {p} dimensions: raise lam")
     weight = torch.cholesky_solve(gram.cross, factor)
     return weight, (gram.y - gram.x @ weight) / gram.n
@@ -116,14 +117,13 @@ def scaled_ridge(gram: Gram, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
 
     For features of different size side by side, which one absolute lam would not treat alike.
     """
-    size = (gram.covariance.diagonal() / gram.n).clamp(min=0).sqrt()
+    size = (gram.xx.diagonal() / gram.n - (gram.x / gram.n) ** 2).clamp(min=0).sqrt()
     # A column that never changes tells nothing: it stays as small as it is.
     size = size.clamp(min=1e-6 * float(size.max().clamp(min=1e-30)))
-    scaled = Gram(gram.n, gram.x / size, gram.y, gram.xx / size / size[:, None], gram.xy / size[:, None])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of rows fewer than columns: here lam is chosen on other rows
-        weight, bias = ridge(scaled, lam * gram.n)
-    return weight / size[:, None], bias
+        # The same as scaling x itself, without a copy of the squares; Cholesky does not mind the scale of a column.
+        return ridge(gram, lam * gram.n, size.square())
 
 
 def low_rank(
@@ -149,11 +149,11 @@ def low_rank(
         # Directions that no column sees cannot be told apart from rounding.
         keep = values > values.max() * 1e-14
         size, vectors = values[keep].sqrt(), vectors[:, keep]
-        weight, back = weight @ (vectors * size), (vectors / size).T @ basis
+        weight, back = weight @ (vectors * size), (vectors / size).T
     if metric is not None and weight.shape[0] > weight.shape[1]:
         squares, right = torch.linalg.eigh(weight.T @ (metric.double() @ weight))
         right, values = right.flip(1), squares.flip(0).clamp(min=0).sqrt()
-        up = right.T if back is None else right.T @ back
+        up = right.T if back is None else (right.T @ back) @ basis
         return weight @ right, up, values
     if metric is not None:
         values, vectors = torch.linalg.eigh(metric.double())
@@ -165,4 +165,4 @@ def low_rank(
     order = squares.argsort(descending=True)[: min(weight.shape)]
     left, values = left[:, order], squares[order].clamp(min=0).sqrt()
     up = left.T @ weight
-    return left if root is None else root @ left, up if back is None else up @ back, values
+    return left if root is None else root @ left, up if back is None else (up @ back) @ basis, values

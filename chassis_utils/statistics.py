@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from tqdm.auto import tqdm
 
-from .activations import Expert, _batches, _padded, checked_ids
+from .activations import Expert, batched, checked_ids
 from .errors import ChassisError
 from .features import Features
 from .models import LanguageModel, Place
@@ -101,15 +101,14 @@ def gather(
         )
     p, q = sum(features.sizes(base)), base.hidden_size
     q += expert.readout.weight.shape[1] if layer == base.num_layers else 0
-    _check_memory(p, q)
+    _check_memory(p, q, base.vocab_size if layer == base.num_layers else 0)
     wanted = [*dict.fromkeys([*features.places, layer])]
     train, held = (Gram.zeros(p, q) for _ in range(2))
     lengths = [len(one) if positions == "all" else 1 for one in ids]
     every, passed = -(-sum(lengths[fold - 1 :: fold]) // KEPT), 0
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     bar = tqdm(total=len(ids), desc=f"{base.name} and {expert.name}, layer {layer}", disable=not progress, leave=False)
-    for batch in _batches(dict(enumerate(map(len, ids))), batch_tokens):
-        tokens, mask = _padded([ids[i] for i in batch])
+    for batch, tokens, mask in batched(ids, batch_tokens):
         real = mask.bool()
         if positions == "last":
             real &= mask.cumsum(1) == mask.sum(1, keepdim=True)
@@ -145,10 +144,13 @@ def same_shape(base: LanguageModel, expert: Expert) -> bool:
     return alike and expert.hidden_size == base.hidden_size
 
 
-def _check_memory(p: int, q: int) -> None:
-    """Before anything is run: two sets of sums, their total, and a copy to solve with."""
-    wanted = 8 * (4 * p * (p + q) + 2 * KEPT * (p + q))
+def _check_memory(p: int, q: int, vocab: int) -> None:
+    """Before anything is run: two sets of sums, their total, two copies to solve with; heads and logits of a read-out.
+
+    The factors are those that `benchmarks/scale.py` measures.
+    """
+    wanted = 8 * (5 * p * (p + q) + 2 * KEPT * (p + q) + vocab * (4 * q + 3 * KEPT))
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if wanted > 0.8 * free:
-        sizes = f"{wanted / 2**30:.1f} GiB of statistics on a machine of {free / 2**30:.1f} GiB"
+        sizes = f"{wanted / 2**30:.1f} GiB to gather and to solve, on a machine of {free / 2**30:.1f} GiB"
         raise ChassisError(f"{p:,} features need {sizes}: read fewer places, or fewer random features")

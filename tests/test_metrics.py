@@ -47,6 +47,14 @@ def test_kl_is_everyone_elses(seed: int, vocab: int, scale: float) -> None:
     assert kl(expert, expert + 3.5).abs().max() < 1e-5
 
 
+def test_kl_of_many_rows_is_that_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    expert, ours = (torch.randn(11, 6, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    alone = torch.cat([kl(expert[i : i + 1], ours[i : i + 1]) for i in range(11)])
+    for logits in (1, 20, 10**6):
+        monkeypatch.setattr("chassis_utils.metrics.BLOCK", logits)
+        assert torch.equal(kl(expert, ours), alone)
+
+
 def test_every_figure_is_what_its_name_says(activations: Activations, unseen: Probes) -> None:
     base, expert = activations.base, activations.expert
     adapters = [fit(activations, "rrr", rank) for rank in (2, 16)] + [fit(activations, "v1", 8, layer=1)]

@@ -1,0 +1,77 @@
+"""The benchmarks count what the code does, and carry on along a line that is known."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import refused
+
+from chassis_utils import LanguageModel, Probes, fit, harvest, solve
+from chassis_utils.activations import tokenize
+from chassis_utils.statistics import _check_memory
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import bench
+import scale
+
+
+def test_bare_passes_see_every_token_once(base: LanguageModel, prompts: Probes) -> None:
+    batches = bench.whole(base, [prompts, prompts])
+    given = sorted(token for ids in tokenize(base, prompts)[0] * 2 for token in ids)
+    assert sorted(t for b in batches for t in b["input_ids"][b["attention_mask"].bool()].tolist()) == given
+
+
+def test_a_power_law_is_found_and_lies_in_its_interval() -> None:
+    work, draw = [10.0**k for k in range(5, 10)], torch.Generator().manual_seed(0)
+    exponent, middle, low, high = scale.power(work, [3e-4 * one**0.8 for one in work], 1e12)
+    assert exponent == pytest.approx(0.8) and low == pytest.approx(high) == pytest.approx(middle)
+    assert middle == pytest.approx(3e-4 * 1e12**0.8)
+    hit = 0
+    for _ in range(200):
+        noise = (0.1 * torch.randn(6, generator=draw, dtype=torch.float64)).exp().tolist()
+        seconds = [one * n for one, n in zip([*work, 1e12], noise, strict=True)]
+        _, _, low, high = scale.power(work, seconds[:-1], 1e12)
+        hit += low <= seconds[-1] <= high
+    assert 180 <= hit <= 199
+
+
+def test_v2_runs_and_solves_as_often_as_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = scale.Shape(32, 64, 96, 4, 4, 2)
+    base, text = scale.random_model(shape), scale.words(shape, 2048, 0)
+    a = harvest(base, scale.turned(base), text, "all", [-1], progress=False)
+    # By tokens: the one that tells the sizes of features does not count.
+    passed: Counter[int] = Counter()
+
+    def note(_: torch.nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+        passed[(output if isinstance(output, torch.Tensor) else output[0])[..., 0].numel()] += 1
+
+    for block in base._blocks():  # the expert's are the same, in another order
+        block.register_forward_hook(note)
+    solved, own = [], solve.ridge
+    monkeypatch.setattr(solve, "ridge", lambda gram, *rest: (solved.append(len(gram.x)), own(gram, *rest))[1])
+    fit(a)
+    counted = scale.count(shape, 2048)["v2"]
+    blocks = next(times for name, times, _ in counted if name == "forward pass")
+    del passed[1]
+    assert sum(passed.values()) == blocks * len(bench.whole(base, [text]))
+    assert len(solved) == sum(times for name, times, _ in counted if name.startswith("ridge"))
+
+
+def test_figures_of_other_parts_stay(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    bench.keep(path, one=1)
+    assert bench.keep(path, two=2) == json.loads(path.read_text()) == {"one": 1, "two": 2}
+    path.write_text("[1]")
+    with refused(str(path), "no figures"):
+        bench.keep(path, one=1)
+
+
+def test_the_vocabulary_counts_in_what_memory_allows() -> None:
+    _check_memory(8, 8, 0)
+    with refused("8 features", "GiB"):
+        _check_memory(8, 8, 10**10)
