@@ -11,8 +11,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -23,7 +24,7 @@ from corpora import EXPERTS, text  # noqa: E402
 
 from chassis_utils import ChassisError, LanguageModel, evaluate, fit, harvest, load  # noqa: E402
 from chassis_utils.records import replacing  # noqa: E402
-from trained import COLUMNS, Contest, choose_lr, lora, weight_svd  # noqa: E402
+from trained import COLUMNS, Contest, choose_lr, head_only, lora, tuned_lens, weight_svd  # noqa: E402
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "contest.json"
 RANKS = (4, 16, 64)
@@ -31,13 +32,15 @@ LRS = (1.6e-3, 4e-3, 1e-2)  # where a search begins; it goes on by the same fact
 POINTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 
 
-def search(contest: Contest, rank: int, lrs: Sequence[float] = LRS, most: int = 6) -> tuple[float, pd.DataFrame]:
+def search(
+    method: Callable[..., pd.DataFrame], contest: Contest, lrs: Sequence[float] = LRS, most: int = 6, **options: object
+) -> tuple[float, pd.DataFrame]:
     """Step size of the lowest final KL on the contest's text, which lies inside the grid unless `most` are tried."""
-    best, tried = choose_lr(lora, contest, lrs, rank=rank)
+    best, tried = choose_lr(method, contest, lrs, **options)
     known, factor = sorted(lrs), lrs[1] / lrs[0]
     while best in (known[0], known[-1]) and len(known) < most:
         further = known[0] / factor if best == known[0] else known[-1] * factor
-        _, course = choose_lr(lora, contest, [further], rank=rank)
+        _, course = choose_lr(method, contest, [further], **options)
         tried, known = pd.concat([tried, course], ignore_index=True), sorted([*known, further])
         best = float(tried.groupby("lr")["kl"].last().fillna(math.inf).idxmin())
     return best, tried
@@ -117,10 +120,10 @@ def train(contest: Contest, args: argparse.Namespace) -> None:
         note(name, courses, search=sought, step_sizes=chosen)
         return float(courses[-1]["kl"].iloc[-1])
 
+    brief = replace(contest, seconds=args.search, test=None, points=())
     for rank in RANKS:
-        chosen[rank], tried = search(replace(contest, seconds=args.search, test=None, points=()), rank)
-        taken = float(tried.groupby("lr")["seconds"].last().sum())
-        sought[rank] = {"tried": sorted(tried["lr"].unique()), "seconds": taken}
+        chosen[rank], tried = search(lora, brief, rank=rank)
+        sought[rank] = effort(tried)
         ends[rank] = float(tried["kl"].min())
         courses.append(tried.assign(budget=args.search))
         note(name, courses, search=sought, step_sizes=chosen)
@@ -131,6 +134,22 @@ def train(contest: Contest, args: argparse.Namespace) -> None:
     run(second, chosen[second], args.seconds / 4)
     if note(name, courses, search=sought, step_sizes=chosen)[str(best)] is None:
         run(best, chosen[best], args.seconds)
+
+
+def search_others(contest: Contest, args: argparse.Namespace) -> None:
+    """Step sizes of what else page 12 trains, on the final state."""
+    brief, so_far = replace(contest, seconds=args.search, test=None, points=()), known()[contest.expert.name]
+    lens = partial(tuned_lens, layer=-1, optimizer="adam")
+    for name, method in (("head_only", head_only), ("tuned_lens_adam", lens)):
+        best, tried = search(method, brief)
+        for key, value in (("step_sizes", best), ("search", effort(tried))):
+            so_far.setdefault(key, {})[name] = value
+    write(contest.expert.name, {key: so_far[key] for key in ("step_sizes", "search")})
+
+
+def effort(tried: pd.DataFrame) -> dict[str, object]:
+    """Step sizes that a search tried, and the seconds of all their courses."""
+    return {"tried": sorted(tried["lr"].unique()), "seconds": float(tried.groupby("lr")["seconds"].last().sum())}
 
 
 def train_longer(contest: Contest, args: argparse.Namespace) -> None:
@@ -150,7 +169,7 @@ def note(name: str, courses: list[pd.DataFrame], **more: object) -> dict[str, fl
     return crossings
 
 
-PARTS = {"v2": time_v2, "svd": cut_weights, "lora": train, "longer": train_longer}
+PARTS = {"v2": time_v2, "svd": cut_weights, "lora": train, "others": search_others, "longer": train_longer}
 
 
 def main() -> None:
@@ -158,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpora", required=True, help="folder as the recipe of the pocket models reads it")
     parser.add_argument("--expert", choices=[*EXPERTS], help="only this one")
-    parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS][:3], help="lora needs v2's point")
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS][:4], help="lora needs v2's point")
     parser.add_argument("--tokens", type=int, default=60_000, help="to fit and train on")
     parser.add_argument("--val-tokens", type=int, default=4_000, help="to choose and to draw the courses on")
     parser.add_argument("--test-tokens", type=int, default=40_000, help="to judge v2 and the ends on")

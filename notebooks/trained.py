@@ -123,7 +123,9 @@ class _Port(Adapter):
 
     readout: Readout | None = None
 
-    def logits(self, base: LanguageModel, hidden: Mapping[Place, torch.Tensor]) -> torch.Tensor:
+    def logits(
+        self, base: LanguageModel, hidden: Mapping[Place, torch.Tensor], plain: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return self.readout(hidden[self.layer])
 
 
