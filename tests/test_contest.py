@@ -57,7 +57,9 @@ def test_the_committed_crossings_follow_from_the_committed_courses() -> None:
         courses, setting = pd.DataFrame(part["courses"]), part["setting"]
         for rank in contest.RANKS:
             mine = courses[courses["rank"] == rank]
-    XX
+            wanted, told = contest.crossing(mine, part["v2"]["kl"]), part["crossing"][str(rank)]
+            assert (wanted is None) == (told is None)
+            assert wanted is None or told == pytest.approx(wanted, rel=1e-3)
             assert part["search"][str(rank)]["seconds"] >= setting["search_seconds"] * 3
         ends = courses[courses["test_kl"].notna()]
         # What is chosen is chosen on the brief courses and on validation text; no brief course has read the test text.
