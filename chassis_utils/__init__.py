@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .records import Records, read_records, results_table, write_table
     from .solve import Gram, ridge
     from .statistics import Statistics, gather
+    from .tokens import token_bytes
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ _HOMES = {
     "records": ("Records", "read_records", "results_table", "write_table"),
     "solve": ("Gram", "ridge"),
     "statistics": ("Statistics", "gather"),
+    "tokens": ("token_bytes",),
 }
 __all__ = sorted(name for names in _HOMES.values() for name in names)
 

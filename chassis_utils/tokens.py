@@ -49,10 +49,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Pieces:
     try:
         return _pieces(tokenizer)
     except Exception as error:  # A Python tokenizer's own code may raise anything.
-        name, why = (
-            getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__,
-            " ".join(str(error).split())[:120],
-        )
+        name, why = tokenizer.name_or_path or type(tokenizer).__name__, " ".join(str(error).split())[:120]
         how = "take a tokenizer whose decode joins the texts of its tokens"
         raise ChassisError(f"{name}: the bytes of its tokens cannot be recovered ({why}): {how}") from error
 
@@ -72,7 +69,7 @@ def offsets(pieces: Pieces, ids: Sequence[int], text: str) -> NDArray[np.int64]:
     Raises:
         ChassisError: the bytes of `ids` are not the text's: it was normalized, cut, or holds unknown or special tokens.
     """
-    covered, wanted = text_bytes(pieces, ids), text.encode()
+    covered, wanted = text_bytes(pieces, ids), text.encode(errors="surrogatepass")
     if covered not in (wanted, b" " + wanted, wanted + b" "):
         raise ChassisError(f"{text[:40]!r} is not what its ids stand for: give the text as its tokenizer decodes it")
     ends = np.cumsum([len(pieces[i] or b"") for i in ids], dtype=np.int64)
