@@ -23,6 +23,9 @@ STAGES = ("A", "B", "C", "exact")
 #: Continuations that share one forward pass of the expert in stage `exact`.
 WIDTH = 8
 
+#: Options with which a model writes the end of a word, or a whole word, otherwise than its beginnings.
+_UNEVEN = ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "ignore_merges")
+
 _Want = tuple[int, ...]
 _Node = tuple[int, int, int]
 
@@ -336,22 +339,17 @@ class _Reader:
         patterns = [str(r["pattern"].get("Regex", "")) for r in splits if r["type"] == "Split"]
         self._searches = bool(patterns) or any(r["type"] == "ByteLevel" and r["use_regex"] for r in splits)
         self._certain = not any(re.search(r"\(\?(?:[=<]|!(?!\\S\)))", pattern) for pattern in patterns)
-        marks = any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"))
+        marks = any(model.get(key) for key in _UNEVEN)
         self._bpe = model["type"] == "BPE"
         self._grows = self._plain and not marks and model["type"] in ("BPE", "Unigram")
         vocab = model["vocab"] if self._grows else ()
-        # Llama 3 writes a whole word that it has at once, whatever its merges say; beginnings are left to the merges.
-        self._at_once = vocab if model.get("ignore_merges") else {}
-        if self._at_once:
-            model = model | {"ignore_merges": False}
-            self._model = Tokenizer.from_str(json.dumps(table | {"model": model, "post_processor": None})).model
         written = {"".join(pair) for pair in model["merges"]} if self._bpe and vocab else {piece for piece, *_ in vocab}
-        self._written = sorted(written | self._at_once.keys())
+        self._written = sorted(written)
         self._begins = {piece[:n] for piece in self._written for n in range(1, len(piece))}
         self._longest, self._letters = max(map(len, self._written), default=1), set().union(*self._written)
         self._pairs = {piece[n : n + 2] for piece in self._written for n in range(len(piece) - 1)}
         # Letters of a byte-level word are no letters of the text: it is not cut where no token holds two side by side.
-        self._cuts = self._grows and not any(rule["type"] == "ByteLevel" for rule in splits)
+        self._cuts = self._grows and self._bpe and not any(rule["type"] == "ByteLevel" for rule in splits)
         self._known: dict[str, list[int]] = {}
         self._codes: dict[tuple[bytes, _Want], int] = {}
         self._longer: dict[tuple[_Want, str], bool] = {}
@@ -404,7 +402,7 @@ class _Reader:
             text, late = _decoded(raw)
             text, words = self._words(text)
             closed, start, growing = self._open(text, words)
-            code, left = _label([i for word in closed for i in self._tokens(word, whole=True)], want, self.size)
+            code, left = _label([i for word in closed for i in self._tokens(word)], want, self.size)
             if code is None and growing:
                 code = self._settled(growing, left)
             if code is None:
@@ -422,7 +420,7 @@ class _Reader:
     def _settled(self, word: str, want: _Want) -> int | None:
         """Label of a word that can only grow, if it has it whatever follows; see `Bridge`."""
         label = _label(self._tokens(word), want, self.size)[0]
-        if label is None or _label(self._tokens(word, whole=True), want, self.size)[0] != label:
+        if label is None:
             return None
         for n in range(max(0, len(word) - self._longest), len(word)):
             if word[n:] in self._begins and _label(self._tokens(word[:n]), want, self.size)[0] != label:
@@ -469,16 +467,13 @@ class _Reader:
         whole = [(text, (0, len(text)))] if text else []
         return text, [(word, at[0]) for word, at in (splitter.pre_tokenize_str(text) if splitter else whole)]
 
-    def _tokens(self, word: str, whole: bool = False) -> list[int]:
-        """Tokens of a beginning of a word, or of the whole word."""
-        if whole and word in self._at_once:
-            return [self._at_once[word]]
+    def _tokens(self, word: str) -> list[int]:
         if word not in self._known:
             self._known[word] = [token.id for token in self._model.tokenize(word)] if word else []
         return self._known[word]
 
     def _ids(self, text: str) -> list[int]:
-        return [i for word, _ in self._words(text)[1] for i in self._tokens(word, whole=True)]
+        return [i for word, _ in self._words(text)[1] for i in self._tokens(word)]
 
 
 def _label(ids: Sequence[int], want: _Want, size: int) -> tuple[int | None, _Want]:
