@@ -116,7 +116,7 @@ class Bridge:
             self._tables: dict[tuple[int, _Node], NDArray[np.int64]] = {}
             return
         homes = self._by_string() if self.match == "string" else self._by_bytes()
-        if not any(homes):
+        if not any(home for i, home in enumerate(homes) if i != self._end):
             raise ChassisError(f"{self.expert.name} and {self.base.name} share no token: try a later stage")
         pairs = [(i, t, 1 / len(ids)) for i, home in enumerate(homes) for ids in [home or [none]] for t in ids]
         rows, columns, weights = zip(*pairs, strict=True)
@@ -217,7 +217,9 @@ class Bridge:
                 if not due:
                     decided[-1] += weight * row[self._silent].sum()
                     if self._end is not None:
-                        decided[reader.ends[state]] += weight * row[self._end]
+                        # Nothing is written for no text, not even the space that begins one.
+                        said = prompt or path or reader.end is None
+                        decided[reader.ends[state] if said else reader.end] += weight * row[self._end]
                 new = np.stack([mass, np.full(len(tokens), len(paths)), tokens, -1 - codes, dues], axis=1)[~placed]
                 waiting = np.concatenate([waiting, new])
                 paths.append(path)
@@ -231,7 +233,8 @@ class Bridge:
             batch = [(p, w[0], int(w[3]), int(w[4]), r) for p, w, r in zip(several, now, rows, strict=True)]
         rest = np.concatenate(left)
         shared = np.bincount(np.array(reader.likely)[rest[:, 3].astype(int)], rest[:, 0], size)
-        whole = decided.sum() + shared.sum()
+        if not (whole := decided.sum() + shared.sum()):  # The expert never says what was cut.
+            shared[-1] = whole = 1.0
         return (decided + shared) / whole, float(shared.sum() / whole), done
 
     def _next(self, state: int, due: bytes) -> tuple[NDArray, NDArray, NDArray]:
