@@ -353,10 +353,12 @@ class _Reader:
         self._pairs = {piece[n : n + 2] for piece in self._written for n in range(len(piece) - 1)}
         # Letters of a byte-level word are no letters of the text: it is not cut where no token holds two side by side.
         self._cuts = self._grows and self._bpe and not any(rule["type"] == "ByteLevel" for rule in splits)
+        self._names = base.tokenizer.convert_ids_to_tokens(list(range(self.size)))
+        self._heads = np.array([(name or "")[:1] for name in self._names])
         self._known: dict[str, list[int]] = {}
         self._codes: dict[tuple[bytes, _Want], int] = {}
         self._longer: dict[tuple[_Want, str], bool] = {}
-        self._follow: dict[int, NDArray[np.int8]] = {}
+        self._follow: dict[int, NDArray[np.int64]] = {}
         self.states: list[tuple[bytes, _Want]] = []
         self.likely: list[int] = []  #: Label of each state if nothing followed
         self.ends: list[int] = []  #: And if the expert ended its text
@@ -375,7 +377,12 @@ class _Reader:
         before = (self.pieces[last[0]] if last else None) or b""
         if not before or self.written([before]) != [last]:
             return np.ones(len(tokens), dtype=bool)
-        known = self._follow.setdefault(last[0], np.full(self.size, -1, dtype=np.int8))
+        if last[0] not in self._follow:
+            # No token has these letters side by side, the last of this one and the first of those.
+            end = self._names[last[0]][-1:]
+            apart = self._cuts * ~np.isin(self._heads, [pair[1] for pair in self._pairs if pair[0] == end])
+            self._follow[last[0]] = np.where(apart, 1, -1)
+        known = self._follow[last[0]]
         new = tokens[known[tokens] < 0]
         together = self.written([before + (self.pieces[i] or b"") for i in new])
         pieces = [[self.pieces[i] for i in ids] for ids in together]
