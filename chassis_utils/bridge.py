@@ -398,8 +398,10 @@ class _Reader:
             while len(ids := self._ids(text[start:])) < heal and start:
                 start = max(place for place in (0, *(place for _, place in words)) if place < start)
             if whole[len(whole) - len(ids) :] == ids and (start or len(ids) == len(whole)):
-                raw = (text[start:] if self._plain else lead + prompt) if prompt else lead
-                return self._code(raw.encode(), tuple(ids[: max(0, len(ids) - heal)] if prompt else ()))
+                if not prompt:  # What begins every text is not yet written.
+                    return self._state((lead.encode(), ()))
+                raw = text[start:] if self._plain else lead + prompt
+                return self._code(raw.encode(), tuple(ids[: max(0, len(ids) - heal)]))
         raise ChassisError(f"{self.name}: {prompt[-20:]!r} ends in a special or added token: end the prompt in text")
 
     def step(self, state: int, byte: int) -> int:
@@ -416,15 +418,19 @@ class _Reader:
             if code is None and growing:
                 code = self._settled(growing, left)
             if code is None:
-                state = (text[start:].encode() + late, left) if self._plain else (raw, want)
-                code = self._codes.setdefault(state, -1 - len(self.states))
-                if -1 - code == len(self.states):
-                    ids = self._ids(state[0].decode("utf-8", "replace"))
-                    for labels, end in ((self.likely, []), (self.ends, [] if self.end is None else [self.end])):
-                        label = _label(ids + end, state[1], self.size)[0]
-                        labels.append(self.size + 1 if label is None else label)
-                    self.states.append(state)
+                code = self._state((text[start:].encode() + late, left) if self._plain else (raw, want))
             self._codes[raw, want] = code
+        return code
+
+    def _state(self, state: tuple[bytes, _Want]) -> int:
+        """Code of an open state, entered if it is new."""
+        code = self._codes.setdefault(state, -1 - len(self.states))
+        if -1 - code == len(self.states):
+            ids = self._ids(state[0].decode("utf-8", "replace"))
+            for labels, end in ((self.likely, []), (self.ends, [] if self.end is None else [self.end])):
+                label = _label(ids + end, state[1], self.size)[0]
+                labels.append(self.size + 1 if label is None else label)
+            self.states.append(state)
         return code
 
     def _settled(self, word: str, want: _Want) -> int | None:
