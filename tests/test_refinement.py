@@ -70,3 +70,15 @@ def test_what_cannot_be_refined_is_said(rows: Activations, activations: Activati
     for wrong in (fit(rows, "lens"), fit(activations, "rrr", layer=1), start.into_hidden(rows.base)):
         with refused(wrong.method, "final layer"):
             refine(rows, wrong, "bohning")
+
+
+def test_near_stays_where_it_starts_under_a_large_penalty_and_else_meets_its_certificate(rows: Activations) -> None:
+    start = fit(rows, "rrr", lam=1.0)
+    began = refine(rows, start, "near", steps=1, rate=1e9)[1]["kl"]
+    assert began.iloc[-1] == pytest.approx(began[0], abs=1e-6)
+    few, many = (refine(rows, start, "near", steps=steps, rate=4.0)[1] for steps in (10, 60))
+    gained = [course["kl"][0] - course["kl"].iloc[-1] for course in (few, many)]
+    # The largest value of C is at most its trace, one for every feature and one for the bias.
+    bound = many["gradient"].iloc[-1] ** 2 * (4.0 + rows.base.hidden_size + 1) / (2 * 4.0)
+    assert bound < 1e-2 * gained[1], "the last step is certified"
+    assert 0 < gained[0] == pytest.approx(gained[1], rel=1e-2), "ten steps are within a hundredth of the optimum"
