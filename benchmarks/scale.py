@@ -387,7 +387,8 @@ def show(figures: dict[str, Any]) -> None:
         rate = f"exponent {row['exponent']:.2f}, {row['gflops']:5.1f} GFLOP/s"
         print(f"{row['stage']:<32} {rate}; at {row['largest']} predicted {bounds}, measured {row['seconds']:.2f} s")
     for row in figures.get("depth", []):
-        size = f"{row['tokens']} tokens, held {row['held_bytes']:,} bytes, beyond {row['peak_bytes']:,}"
+        held, beyond = ("?" if row[key] is None else f"{row[key] / 2**30:.2f}" for key in ("held_bytes", "peak_bytes"))
+        size = f"{row['tokens']} tokens, {held} GiB held, {beyond} more at the peak"
         print(f"{row['stage']:<40}{row['seconds']:9.2f} s, {size}")
     for name, families in figures.get("carried", {}).items():
         for family, found in families.items():
