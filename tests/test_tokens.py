@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import transformers as tf
 from conftest import WORDS, refused
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -202,6 +202,9 @@ def test_hard_texts(exact: tuple) -> None:
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(max_size=40) | st.text(" a\n.▂é🙂", max_size=12))
 def test_any_text(exact: tuple, text: str) -> None:
+    # A token's name typed as text ("<unk>", "<0x0A>", "▁") is that token to some tokenizers: `offsets` refuses it.
+    names = [*exact[0].all_special_tokens, *exact[0].get_added_vocab(), "<0x", "▁"]
+    assume(not any(name in text for name in names))
     holds(*exact, [text])
 
 
