@@ -186,6 +186,13 @@ def holds(tokenizer: tf.PreTrainedTokenizerBase, pieces: list[bytes | None], tex
         assert said in (covered, covered[1:]) and covered[: len(covered) - len(said)] in (b"", b" ")
 
 
+def names_of_tokens(tokenizer: tf.PreTrainedTokenizerBase, pieces: list[bytes | None]) -> list[str]:
+    """What a tokenizer reads as one of its own tokens where it is typed: those without text, and Unigram's bytes."""
+    unigram = isinstance(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), models.Unigram)
+    silent = tokenizer.convert_ids_to_tokens([i for i, piece in enumerate(pieces) if piece is None])
+    return silent + BYTE_TOKENS * unigram
+
+
 def test_every_plane(exact: tuple) -> None:
     """Both sides of every block boundary in all 17 planes (blocks begin at multiples of 16), in runs and alone."""
     scalars = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000]
@@ -202,10 +209,16 @@ def test_hard_texts(exact: tuple) -> None:
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(max_size=40) | st.text(" a\n.▂é🙂", max_size=12))
 def test_any_text(exact: tuple, text: str) -> None:
-    # A token's name typed as text ("<unk>", "<0x0A>", "▁") is that token to some tokenizers: `offsets` refuses it.
-    names = [*exact[0].all_special_tokens, *exact[0].get_added_vocab(), "<0x", "▁"]
-    assume(not any(name in text for name in names))
+    assume(not any(name in text for name in names_of_tokens(*exact)))
     holds(*exact, [text])
+
+
+def test_a_token_named_in_a_text_is_refused(exact: tuple) -> None:
+    tokenizer, pieces = exact
+    for name in names_of_tokens(tokenizer, pieces):
+        text = f"a {name}"
+        with refused("not what its ids stand for"):
+            offsets(pieces, tokenizer(text, add_special_tokens=False)["input_ids"], text)
 
 
 def test_single_bytes(exact: tuple) -> None:
