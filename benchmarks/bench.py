@@ -32,11 +32,16 @@ def probes(n: int) -> list[Probes]:
     return [probe_set("mixed", "train", n), *(probe_set("mixed", split, min(n, 512)) for split in ("val", "test"))]
 
 
-def ours(base: LanguageModel, expert: Expert, n: int, layers: list[int], method: str) -> pd.DataFrame:
-    """Harvest, fit and sweep `RANKS` on val and test, nothing kept from an earlier repetition."""
-    for model in (base, expert):
+def forget(*models: Expert) -> None:
+    """Drop the hashes that a model keeps once they are computed."""
+    for model in models:
         for kept in ("revision", "tokenizer_hash", "head_hash"):
             model.__dict__.pop(kept, None)
+
+
+def ours(base: LanguageModel, expert: Expert, n: int, layers: list[int], method: str) -> pd.DataFrame:
+    """Harvest, fit and sweep `RANKS` on val and test, nothing kept from an earlier repetition."""
+    forget(base, expert)
     train, *held_out = probes(n)
     activations = harvest(base, expert, train, layers=layers, progress=False)
     full = [fit(activations, method, layer=layer) for layer in layers]

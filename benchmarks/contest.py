@@ -20,10 +20,10 @@ import pandas as pd
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "notebooks")]
+from bench import keep  # noqa: E402
 from corpora import EXPERTS, text  # noqa: E402
 
 from chassis_utils import ChassisError, LanguageModel, evaluate, fit, harvest, load  # noqa: E402
-from chassis_utils.records import replacing  # noqa: E402
 from trained import COLUMNS, Contest, choose_lr, head_only, lora, tuned_lens, weight_svd  # noqa: E402
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "contest.json"
@@ -68,10 +68,7 @@ def known() -> dict[str, dict]:
 
 def write(name: str, part: dict[str, object]) -> None:
     """Some of an expert's results into the file, beside what it holds; it is there whole or as it was."""
-    everything = known()
-    everything[name] = everything.get(name, {}) | part
-    with replacing(RESULTS) as temporary:
-        temporary.write_text(json.dumps(everything, indent=1) + "\n")
+    keep(RESULTS, **{name: known().get(name, {}) | part})
 
 
 def plain(frame: pd.DataFrame) -> list[dict[str, object]]:

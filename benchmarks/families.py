@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench import RANKS, alone, bare, keep, peak, quotients, setting, timed, whole
+from bench import RANKS, alone, bare, forget, keep, peak, quotients, setting, timed, whole
 
 from chassis_utils import (
     Activations,
@@ -33,13 +33,6 @@ RESULTS = Path(__file__).parents[1] / "notebooks" / "scale.json"
 BARE = ("bare passes", "bare passes without heads")
 TIMES = 16  # as many tokens, for the memory
 RANDOM = 512
-
-
-def forget(*models: LanguageModel) -> None:
-    """Drop the hashes that a model keeps once they are computed."""
-    for model in models:
-        for kept in ("revision", "tokenizer_hash", "head_hash"):
-            model.__dict__.pop(kept, None)
 
 
 def run(pair: tuple[LanguageModel, LanguageModel], train: Probes, held_out: Probes, family: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import kl_div
 
 from chassis_utils import Activations, Adapter, ChassisError, Gram, ridge
-from chassis_utils.activations import _batches, _padded, tokenize
+from chassis_utils.activations import batched, tokenize
 from chassis_utils.adapter import _adapter, method
 from chassis_utils.models import Place
 from chassis_utils.solve import low_rank
@@ -49,8 +49,7 @@ def gradient(a: Activations, layer: int, after: Adapter | None = None, batch_tok
     model, ids = a.base.edited(lever), tokenize(a.base, a.probes)[0]
     rows_of = torch.arange(len(a)).split([*map(len, ids)])
     gradient = torch.zeros_like(a.layer(layer))
-    for batch in _batches(dict(enumerate(map(len, ids))), batch_tokens):
-        tokens, mask = _padded([ids[i] for i in batch])
+    for batch, tokens, mask in batched(ids, batch_tokens):
         with torch.enable_grad():
             real = mask.bool()
             state = {final: model.states(tokens, mask, grad=True)[final][real]}

@@ -75,12 +75,13 @@ def refine(
         nowhere lower than its value here less that norm times the distance, both in the metric of the step.
 
     Raises:
-        ChassisError: an unknown `how`, steps below 1, or an adapter that is not of logits at the final layer.
+        ChassisError: an unknown `how`, steps below 1, no positive rate, or an adapter that is not of logits at the
+            final layer.
     """
     if how not in REFINERS:
         raise ChassisError(f"no refinement '{how}': choose from {', '.join(REFINERS)}")
-    if steps < 1:
-        raise ChassisError(f"steps = {steps}: take at least one")
+    if steps < 1 or not rate > 0:
+        raise ChassisError(f"steps = {steps}, rate = {rate}: take at least one step, and a rate above zero")
     rows = _Rows(a, start)
     state = {place: a.layer(place).to(a.base.device) for place in {a.final, *start.reads}}
     course = [(0, rows.kl(start.logits(a.base, state)), 0.0, math.nan)]
@@ -186,27 +187,29 @@ def _near(rows: _Rows, start: Adapter, steps: int, rate: float) -> Iterator[Adap
     mean = (rows.p @ both.T).double()
     values, vectors = torch.linalg.eigh(((both * rows.p.mean(0)) @ both.T).double() - mean.T @ mean / n)
     right = (vectors / values.clamp(min=1e-4 * float(values[-1])).sqrt()).T
-    own, first, found = rows.base + rows.with_one @ rows.dense(start).float(), rows.dense(start), []
+    first, norms = rows.dense(start), []
+    own = rows.base + rows.with_one @ first.float()
 
     def moved(point: np.ndarray) -> torch.Tensor:
         return left @ torch.from_numpy(point).view(len(left), len(right)).to(left)
 
     def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
-        ours = own + (z @ (moved(point) @ right).float()) @ both
+        there = moved(point)
+        ours = own + (z @ (there @ right).float()) @ both
         wrong = (ours.softmax(-1) - rows.p) @ both.T
-        slope = left @ ((z.T @ wrong).double() / n @ right.T + rate * moved(point))
-        found[:] = [float(slope.norm())]
-        return rows.kl(ours) + rate / 2 * float(moved(point).square().sum()), slope.flatten().cpu().numpy()
+        slope = left @ ((z.T @ wrong).double() / n @ right.T + rate * there)
+        norms.append(float(slope.norm()))
+        return rows.kl(ours) + rate / 2 * float(there.square().sum()), slope.flatten().cpu().numpy()
 
-    adapters = []
+    adapters: list[Adapter] = []
 
     def after(intermediate_result: object) -> None:
         whole = first + (moved(intermediate_result.x) @ right / size) @ both.double()
-        adapters.append(replace(_from_dense(start, whole), info=start.info | {"gradient": found[0]}))
+        adapters.append(replace(_from_dense(start, whole), info=start.info | {"gradient": norms[-1]}))
 
     options = {"maxiter": steps, "ftol": 0, "gtol": 0}
     minimize(loss, np.zeros(len(left) * len(right)), jac=True, method="L-BFGS-B", callback=after, options=options)
-    yield from adapters
+    yield from adapters or [start]  # no step is left to take from the optimum itself
 
 
 REFINERS: dict[str, Refiner] = {

@@ -30,7 +30,7 @@ from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
 
 from chassis_utils import Activations, Adapter, ChassisError, LanguageModel, Probes, evaluate
-from chassis_utils.activations import _batches, _padded, tokenize
+from chassis_utils.activations import _batches, _padded, batched, tokenize
 from chassis_utils.models import _NORM_NAMES, Place, Readout
 from chassis_utils.solve import Gram, low_rank
 from pocket_recipe import Muon
@@ -181,8 +181,7 @@ class _Text:
 def _pass(model: LanguageModel, ids: list[list[int]], layer: int) -> torch.Tensor:
     """States of one layer at every position, `(n, hidden)`, prompts in order."""
     rows: dict[int, torch.Tensor] = {}
-    for batch in _batches({i: len(own) for i, own in enumerate(ids)}, BLOCK):
-        tokens, mask = _padded([ids[i] for i in batch])
+    for batch, tokens, mask in batched(ids, BLOCK):
         states = model.states(tokens, mask, [layer])[layer]
         # Copied, since what is made without gradients on may not take part in what has them.
         rows |= {i: state[: len(ids[i])].clone() for i, state in zip(batch, states, strict=True)}
@@ -584,8 +583,7 @@ def second_moments(model: LanguageModel, prompts: Probes) -> Moments:
     hooks = [m.register_forward_pre_hook(lambda _, args, n=n: add(n, args[0])) for n, m in linear.items()]
     ids = tokenize(model, prompts)[0]
     try:
-        for batch in _batches({i: len(own) for i, own in enumerate(ids)}, BLOCK):
-            tokens, mask = _padded([ids[i] for i in batch])
+        for _, tokens, mask in batched(ids, BLOCK):
             real, last = mask.bool().to(model.device), ("", torch.empty(0))
             add("", model.states(tokens, mask)[model.num_layers])
     finally:

@@ -67,6 +67,8 @@ def test_what_cannot_be_refined_is_said(rows: Activations, activations: Activati
         refine(rows, start, "newton")
     with refused("steps = 0"):
         refine(rows, start, "bohning", steps=0)
+    with refused("rate = 0"):
+        refine(rows, start, "near", rate=0)
     for wrong in (fit(rows, "lens"), fit(activations, "rrr", layer=1), start.into_hidden(rows.base)):
         with refused(wrong.method, "final layer"):
             refine(rows, wrong, "bohning")
@@ -82,3 +84,10 @@ def test_near_stays_where_it_starts_under_a_large_penalty_and_else_meets_its_cer
     bound = many["gradient"].iloc[-1] ** 2 * (4.0 + rows.base.hidden_size + 1) / (2 * 4.0)
     assert bound < 1e-2 * gained[1], "the last step is certified"
     assert 0 < gained[0] == pytest.approx(gained[1], rel=1e-2), "ten steps are within a hundredth of the optimum"
+
+
+def test_near_stays_at_the_optimum(base: LanguageModel, synthetic: SyntheticExpert, prompts: Probes) -> None:
+    rows = harvest(base, synthetic, prompts, "all", [-1], progress=False)
+    start = fit(rows, "rrr", lam=1e-9)
+    refined, course = refine(rows, start, "near", steps=5)
+    assert course["kl"].abs().max() < 1e-6 and refined.method == "near"
