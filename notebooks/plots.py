@@ -279,7 +279,9 @@ def kl_vs_step(courses: pd.DataFrame, identity: float, title: str = "KL to the e
     ] for word in words}))
     said = "; ".join(f"{style(str(name))[0]} ends at {_figures(rows['kl'].iloc[-1])}" for name, rows in given)
     alt = alt or f"KL against {x}, identity {_figures(identity)} nats: {said}."
-    return _finish(figure, title, alt, above=38, updatemenus=menus)
+    # On a telephone the legend is one column: what its entries take must not be taken from the plot.
+    height = template.layout.height + 19 * max(0, len(given) - 4)
+    return _finish(figure, title, alt, above=38, updatemenus=menus, height=height)
 
 
 def _choice(frame: pd.DataFrame, methods: Sequence[str], rank: int | None = None, layer: int | None = None
