@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from chassis_utils.errors import ChassisError
-from chassis_utils.models import LanguageModel
-from chassis_utils.tokens import Pieces, ids_of, token_bytes
+from .errors import ChassisError
+from .models import LanguageModel
+from .tokens import Pieces, ids_of, token_bytes
 
 STAGES = ("A", "B", "C", "exact")
 #: Continuations that share one forward pass of the expert in stage `exact`.
