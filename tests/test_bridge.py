@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from chassis_utils.bridge import Bridge, _Reader, _spelled
 from chassis_utils import LanguageModel, load
+from chassis_utils.bridge import Bridge, _Reader, _spelled
 from chassis_utils.tokens import token_bytes
 
 KINDS = ("sentencepiece", "no pre-tokenizer", "byte-level", "unigram", "whole words", "wordpiece")
