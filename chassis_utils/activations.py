@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from tqdm.auto import tqdm
 from .errors import ChassisError
 from .experts import SyntheticExpert
 from .models import LanguageModel, Place
-from .probes import Probes, probe_set
+from .probes import Probes
 from .records import replacing
 
 Expert = LanguageModel | SyntheticExpert
@@ -167,31 +166,6 @@ def checked_ids(base: LanguageModel, expert: Expert, probes: Probes) -> tuple[li
     else:
         _same_base(base, expert)
     return ids, num_bytes
-
-
-def harvest_splits(
-    base: LanguageModel,
-    expert: Expert,
-    n_train: int = 4096,
-    *,
-    text: str = "prose",
-    out_dir: str | Path | None = None,
-    progress: bool = True,
-) -> dict[str, Activations]:
-    """Everything a notebook judges by, every layer, harvested once.
-
-    Returns:
-        The study's prompts, at their last token, as `train` (n_train), `val` and `test` (an eighth each); `template`,
-        as many prompts of templates never fitted on; `single`, the study's one free prompt; and at every position the
-        passages of `text`: `text_train`, `text_val`, `text`.
-    """
-    held = max(1, n_train // 8)
-    sets = {"train": ("mixed", "train", n_train), "val": ("mixed", "val", held), "test": ("mixed", "test", held)}
-    sets |= {"template": ("unseen", "test", held), "single": ("single", "test")}
-    texts = {"text_train": (text, "train"), "text_val": (text, "val"), "text": (text, "test")}
-    go = partial(harvest, base, expert, out_dir=out_dir, progress=progress)
-    last = {k: go(probe_set(*named), "last") for k, named in sets.items()}
-    return last | {k: go(probe_set(*named), "all") for k, named in texts.items()}
 
 
 @dataclass
