@@ -55,8 +55,8 @@ class Adapter:
     @property
     def num_parameters(self) -> int:
         """Entries of `down`, `up` and `bias`, of the edits too; random features are drawn anew, not stored."""
-        own = self.down.numel() + self.up.numel() + self.bias.numel()
-        return own + sum(edit.num_parameters for edit in self.edits)
+        own = (self.down, self.up, self.bias)
+        return sum(t.numel() for t in own) + sum(edit.num_parameters for edit in self.edits)
 
     @property
     def reads(self) -> tuple[Place, ...]:
@@ -175,7 +175,7 @@ class Adapter:
 
     @classmethod
     def _read(cls, plain: dict, tensors: dict[str, torch.Tensor]) -> Adapter:
-        """The way back; raises ValueError, KeyError or TypeError on what `_written` does not write."""
+        """The way back; raises LookupError, TypeError or ChassisError on what `_written` does not write."""
         below: list[dict[str, torch.Tensor]] = [{} for _ in plain["edits"]]
         for name in [name for name in tensors if name.startswith("edits.")]:
             _, number, rest = name.split(".", 2)
@@ -184,7 +184,7 @@ class Adapter:
         parts["fitted_on"] = frozenset(tensors.pop("fitted_on", torch.empty(0, dtype=torch.long)).tolist())
         parts["features"] = plain["features"] and Features(**plain["features"])
         adapter = cls(**plain | tensors | parts)
-        adapter._check()
+        adapter._check("shapes or values")
         return adapter
 
     @classmethod
@@ -209,13 +209,13 @@ class Adapter:
             adapter.check_base(base)
         return adapter if base is None else adapter.to(base.device)
 
-    def _check(self) -> None:
+    def _check(self, wrong: str) -> None:
         rank, m = self.up.shape
         good = self.down.ndim == 2 and self.down.shape[1] == rank and self.bias.shape == (m,) and self.onto in ONTO
         good = good and isinstance(self.layer, int) and self.layer >= 0
         good = good and (self.columns is None or self.columns.shape == (m,)) and self.space in ("logits", "hidden")
         if not (good and all(torch.isfinite(t).all() for t in (self.down, self.up, self.bias))):
-            raise ValueError("shapes or values")
+            raise ChassisError(wrong)
 
     def check_base(self, base: LanguageModel) -> None:
         """Refuse a base with another head: ChassisError, naming both."""
@@ -286,10 +286,7 @@ def fit(
     info |= {"base_revision": base.revision, "expert_revision": expert.revision}
     seen = frozenset().union(*(one.fingerprints for one in probes))
     adapter = replace(adapter, method=method, info=info, fitted_on=seen).to(base.device)
-    try:
-        adapter._check()
-    except ValueError as error:
-        raise ChassisError(f"method {method} gives NaN or infinity at layer {layer}: try a larger lam") from error
+    adapter._check(f"method {method} gives NaN or infinity at layer {layer}: try a larger lam")
     return adapter if rank is None else adapter.at_rank(rank)
 
 
