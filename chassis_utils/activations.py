@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
@@ -20,12 +21,11 @@ from .errors import ChassisError
 from .experts import SyntheticExpert
 from .models import LanguageModel, Place
 from .probes import Probes
-from .records import replacing
+from .records import made, replacing
 
 Expert = LanguageModel | SyntheticExpert
 
 SHARD = 1024  # prompts a shard: what a kill can cost
-_BESIDE = ("expert_hidden", "prompt", "next_token")  # what `Activations` holds a row of beside `hidden`
 
 
 @dataclass
@@ -36,9 +36,7 @@ class Activations:
     expert: Expert
     probes: Probes
     positions: str  #: `last` (one row a prompt) or `all` (one row a token)
-    hidden: dict[
-        Place, torch.Tensor
-    ]  #: layer or `block b` -> `(n, size)` of the base, float32. The final layer is always there
+    hidden: dict[Place, torch.Tensor]  #: place -> `(n, size)` of the base, float32; the final layer is always there
     expert_hidden: torch.Tensor  #: `(n, expert hidden)`: what the expert's head reads
     prompt: torch.Tensor  #: `(n,)`: number of the prompt a row belongs to
     next_token: torch.Tensor  #: `(n,)`: id of the token that follows, -1 where none does
@@ -70,20 +68,20 @@ class Activations:
         return self.hidden[number]
 
     def subset(self, n: int, first: int = 0) -> Activations:
-        """Only n of the prompts, from number `first` on.
+        """Only n of the prompts, from number `first` on, of what was harvested at their last tokens.
 
         Raises:
-            ChassisError: there are not that many.
+            ChassisError: there are not that many, or it was harvested at every position.
         """
         if not (0 <= first and 1 <= n <= len(self.probes) - first):
-            held = f"1..{len(self.probes)}, the prompts of '{self.probes.name}'"
-            raise ChassisError(f"n = {n} from {first}: outside {held}")
+            there = f"1..{len(self.probes)}, the prompts of '{self.probes.name}'"
+            raise ChassisError(f"n = {n} from {first}: outside {there}")
         if self.positions == "all":
             raise ChassisError("a part of the prompts has other bytes: harvest that part instead")
         part = slice(first, first + n)
-        probes = Probes(self.probes.name, self.probes.split, self.probes.prompts[part])
-        rows = {k: getattr(self, k)[part] for k in _BESIDE}
-        return replace(self, probes=probes, hidden={layer: h[part] for layer, h in self.hidden.items()}, **rows)
+        rows = {k: getattr(self, k)[part] for k in ("expert_hidden", "prompt", "next_token")}
+        rows["hidden"] = {place: states[part] for place, states in self.hidden.items()}
+        return replace(self, probes=replace(self.probes, prompts=self.probes.prompts[part]), **rows)
 
     def against(self, expert: SyntheticExpert) -> Activations:
         """The same states beside another expert that is a function of them: no forward pass."""
@@ -93,10 +91,8 @@ class Activations:
 
 
 def _order(place: Place) -> tuple[bool, int]:
-    """Layers by number, then blocks by number, then the stream."""
-    return (
-        (False, place) if isinstance(place, int) else (True, int(place.removeprefix("block ").replace("stream", "-1")))
-    )
+    """Layers by number, then the stream, then blocks by number."""
+    return isinstance(place, str), int(str(place).removeprefix("block ").replace("stream", "-1"))
 
 
 def _same_base(base: LanguageModel, expert: SyntheticExpert) -> None:
@@ -123,8 +119,7 @@ def harvest(
     shared by every expert and notebook that asks for the same base, probes, layers and positions.
 
     The expert is a model with the base's tokenizer, or a function of the base's hidden state. `positions` is the `last`
-    token of each prompt, or `all`; `layers` are the base's, 0..num_layers, negative from the last, None for every one,
-    `block b` for what the linear maps of block b read;
+    token of each prompt, or `all`; `layers` are places of the base, negative ones from the last, None for every layer;
     `batch_tokens` counts padded tokens a batch; `padding`, `right` or `left`, changes nothing but rounding.
 
     Raises:
@@ -137,7 +132,8 @@ def harvest(
         if value not in known:
             raise ChassisError(f"{name} = '{value}': choose {' or '.join(known)}")
     ids, num_bytes = checked_ids(base, expert, probes)
-    run = _Run(probes, ids, positions, batch_tokens, padding, None if out_dir is None else _make(out_dir), progress)
+    folder = None if out_dir is None else made(out_dir)
+    run = _Run(probes, ids, positions, batch_tokens, padding, folder, progress)
     part = run.collect(base, wanted)
     states = {layer: part[f"hidden.{layer}"] for layer in wanted}
     if isinstance(expert, LanguageModel):
@@ -155,16 +151,15 @@ def checked_ids(base: LanguageModel, expert: Expert, probes: Probes) -> tuple[li
         ChassisError: tokenizers that differ, or an expert drawn for another base.
     """
     ids, num_bytes = tokenize(base, probes)
-    if isinstance(expert, LanguageModel):
-        if getattr(base.tokenizer, "is_fast", False) and expert.tokenizer_hash == base.tokenizer_hash:
-            _check_ids(expert, probes, ids)
-        # Two versions of a library may write one tokenizer in two ways: then the table and these ids must agree.
-        elif expert.tokenizer.get_vocab() != base.tokenizer.get_vocab():
-            raise ChassisError(f"{expert.name} and {base.name} have different tokenizers: that takes a bridge")
-        elif tokenize(expert, probes)[0] != ids:
-            raise ChassisError(f"{expert.name} and {base.name} cut prompts into other tokens: check the first token")
-    else:
+    if not isinstance(expert, LanguageModel):
         _same_base(base, expert)
+    elif getattr(base.tokenizer, "is_fast", False) and expert.tokenizer_hash == base.tokenizer_hash:
+        _check_ids(expert, probes, ids)
+    # Two versions of a library may write one tokenizer in two ways: then the table and these ids must agree.
+    elif expert.tokenizer.get_vocab() != base.tokenizer.get_vocab():
+        raise ChassisError(f"{expert.name} and {base.name} have different tokenizers: that takes a bridge")
+    elif tokenize(expert, probes)[0] != ids:
+        raise ChassisError(f"{expert.name} and {base.name} cut prompts into other tokens: check the first token")
     return ids, num_bytes
 
 
@@ -188,24 +183,17 @@ class _Run:
         # What makes a shard of the same name another one: not part of the name, so that it can be said.
         key |= {"weights": model.revision, "tokenizer": model.tokenizer_hash}
         key |= {"dtype": str(model.model.dtype), "torch": torch.__version__, "transformers": transformers.__version__}
-        parts: list[dict[str, torch.Tensor]] = []
-        name, n = f"{model.name} / {self.probes.name}", len(self.ids)
+        parts, n = [], len(self.ids)
+        name = f"{model.name} / {self.probes.name}"
         bar = tqdm(total=n, desc=name, disable=not self.progress, leave=False)
         for first in range(0, n, SHARD):
-            path = None if self.out_dir is None else self.out_dir / f"{digest}-{first // SHARD:05d}.safetensors"
-            part = None
-            if path and path.exists():
-                try:
-                    part, meta = _read(path)
-                    made = json.loads(meta.get("key", "{}"))
-                    if other := [name for name in key if made.get(name) != key[name]]:
-                        part = tqdm.write(f"{path.name} is of other {', '.join(other)} and is made again")
-                except ChassisError:
-                    tqdm.write(f"{path.name} is damaged and is made again")
+            path = self.out_dir and self.out_dir / f"{digest}-{first // SHARD:05d}.safetensors"
+            part = _kept(path, key) if path and path.exists() else None
             if part is None:
                 part = self._shard(model, layers, self.ids[first : first + SHARD], first)
                 if path:
-                    _write(part, path, {"key": json.dumps(key)})
+                    with replacing(path) as temporary:
+                        save_file(part, temporary, metadata={"key": json.dumps(key)})
             parts.append(part)
             bar.update(min(SHARD, n - first))
         bar.close()
@@ -227,6 +215,18 @@ class _Run:
         part["prompt"] = torch.tensor([first + n for n, i in enumerate(ids) for _ in (i[-1:] if last else i)])
         part["next_token"] = torch.tensor([token for i in ids for token in ([] if last else i[1:]) + [-1]])
         return part
+
+
+def _kept(path: Path, key: dict) -> dict[str, torch.Tensor] | None:
+    """A shard that is there, unless it is of something else or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            made = json.loads((file.metadata() or {}).get("key", "{}"))
+            if not (other := [name for name in key if made.get(name) != key[name]]):
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tqdm.write(f"{path.name} is of other {', '.join(other)} and is made again")
+    except (OSError, SafetensorError):
+        tqdm.write(f"{path.name} is damaged and is made again")
 
 
 def tokenize(model: LanguageModel, probes: Probes) -> tuple[list[list[int]], int]:
@@ -265,10 +265,9 @@ def _shared(ids: list[list[int]], least: int = 3, crowd: int = 16) -> list[tuple
         groups.setdefault(tuple(one[:least]), []).append(i)
     rest, shared = [], []
     for group in groups.values():
-        low, high = (choose(ids[i] for i in group) for choose in (min, max))
-        cut = next((n for n, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))
+        several = [ids[i] for i in group]
         # A prompt must keep a token of its own, where its state is read.
-        cut = min(cut, len(low) - 1, min(len(ids[i]) for i in group) - 1)
+        cut = min(len(commonprefix(several)), min(map(len, several)) - 1)
         if len(group) < crowd or cut < least:
             rest += group
         else:
@@ -308,28 +307,4 @@ def _batches(lengths: dict[int, int], batch_tokens: int) -> list[list[int]]:
 def _padded(ids: list[list[int]], side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask, `(batch, length)` each."""
     rows = [torch.tensor(own) for own in ids]
-    ones = [torch.ones_like(own) for own in rows]
-    return pad_sequence(rows, True, 0, side), pad_sequence(ones, True, 0, side)
-
-
-def _make(folder: str | Path) -> Path:
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ChassisError(f"cannot write to {folder} ({error.strerror}): choose another folder") from error
-    return folder
-
-
-def _write(tensors: dict[str, torch.Tensor], path: Path, meta: dict[str, str]) -> Path:
-    with replacing(path) as temporary:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata=meta)
-    return path
-
-
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ChassisError(f"{path} is missing or damaged ({type(error).__name__}): make it again") from error
+    return pad_sequence(rows, True, 0, side), pad_sequence([*map(torch.ones_like, rows)], True, 0, side)

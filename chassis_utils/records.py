@@ -39,13 +39,27 @@ _NAMES = tuple(f for f in FIELDS[:13] if f != "value")
 
 
 @contextmanager
+def _writing(path: str | Path) -> Iterator[None]:
+    """Say in one line that nothing can be written to a path."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ChassisError(f"cannot write to {path} ({reason}): choose another folder, or make room") from error
+
+
+def made(folder: str | Path) -> Path:
+    """A folder, made with those above it if it is not there; ChassisError where that cannot be."""
+    with _writing(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)
+
+
+@contextmanager
 def locked(path: Path, busy: str | None = None) -> Iterator[int]:
     """Hold the lock file `path`; wait for it, or with `busy` refuse with that message. Yields its descriptor."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(made(path.parent)):
         handle = path.open("a")
-    except OSError as error:
-        raise ChassisError(f"cannot write to {path.parent} ({error.strerror}): choose another folder") from error
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
@@ -134,14 +148,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary, aside = (final.with_name(f".{final.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     _remove(temporary, aside)
     try:
-        yield temporary
-        if temporary.is_dir() and final.is_dir():
-            # One rename cannot replace a folder: the old one waits beside it until the new one is there.
-            os.replace(final, aside)
-        os.replace(temporary, final)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ChassisError(f"cannot write {path} ({reason}): choose another folder, or make room") from error
+        with _writing(path):
+            yield temporary
+            if temporary.is_dir() and final.is_dir():
+                # One rename cannot replace a folder: the old one waits beside it until the new one is there.
+                os.replace(final, aside)
+            os.replace(temporary, final)
     finally:
         if aside.exists() and not final.exists():
             os.replace(aside, final)
