@@ -56,11 +56,7 @@ class Activations:
         return self.base.num_layers
 
     def layer(self, layer: Place) -> torch.Tensor:
-        """Hidden states `(n, hidden)` of one layer, negative numbers from the last; or what `block b` reads.
-
-        Raises:
-            ChassisError: the layer does not exist or was not harvested.
-        """
+        """What one place holds, `(n, size)`, negative layers from the last. ChassisError if it was not harvested."""
         number = layer + self.final + 1 if isinstance(layer, int) and layer < 0 else layer
         if number not in self.hidden:
             have = f"{', '.join(map(str, self.layers))} of {self.base.name} (0..{self.final})"
@@ -68,11 +64,7 @@ class Activations:
         return self.hidden[number]
 
     def subset(self, n: int, first: int = 0) -> Activations:
-        """Only n of the prompts, from number `first` on, of what was harvested at their last tokens.
-
-        Raises:
-            ChassisError: there are not that many, or it was harvested at every position.
-        """
+        """Only n of the prompts, from number `first` on. ChassisError if there are fewer, or more rows than prompts."""
         if not (0 <= first and 1 <= n <= len(self.probes) - first):
             there = f"1..{len(self.probes)}, the prompts of '{self.probes.name}'"
             raise ChassisError(f"n = {n} from {first}: outside {there}")
@@ -145,11 +137,7 @@ def harvest(
 
 
 def checked_ids(base: LanguageModel, expert: Expert, probes: Probes) -> tuple[list[list[int]], int]:
-    """What `tokenize` gives, once it is sure that both models read the same ids.
-
-    Raises:
-        ChassisError: tokenizers that differ, or an expert drawn for another base.
-    """
+    """What `tokenize` gives, once it is sure that both models read the same ids; ChassisError if they do not."""
     ids, num_bytes = tokenize(base, probes)
     if not isinstance(expert, LanguageModel):
         _same_base(base, expert)

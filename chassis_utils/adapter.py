@@ -201,13 +201,11 @@ class Adapter:
             if (known := plain.pop("format")) == FORMAT:
                 adapter = cls._read(plain, tensors)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError, ChassisError) as error:
-            kind = type(error).__name__
-            raise ChassisError(f"{folder} is not a readable adapter folder ({kind}): save it again") from error
+            unreadable = f"{folder} is not a readable adapter folder ({type(error).__name__})"
+            raise ChassisError(f"{unreadable}: save it again") from error
         if known != FORMAT:
             raise ChassisError(f"{folder} has adapter format {known}, this version reads {FORMAT}: fit it again")
-        if base is not None:
-            adapter.check_base(base)
-        return adapter if base is None else adapter.to(base.device)
+        return adapter if base is None else adapter.check_base(base).to(base.device)
 
     def _check(self, wrong: str) -> None:
         rank, m = self.up.shape
@@ -217,11 +215,12 @@ class Adapter:
         if not (good and all(torch.isfinite(t).all() for t in (self.down, self.up, self.bias))):
             raise ChassisError(wrong)
 
-    def check_base(self, base: LanguageModel) -> None:
-        """Refuse a base with another head: ChassisError, naming both."""
-        if self.head_hash != base.head_hash:
-            ours, theirs = f"{self.base_name} (head {self.head_hash})", f"{base.name} (head {base.head_hash})"
-            raise ChassisError(f"this adapter was made for {ours}, not for {theirs}: fit one for this base")
+    def check_base(self, base: LanguageModel) -> Adapter:
+        """Itself, if it was made for this base's head; else ChassisError, naming both."""
+        if self.head_hash == base.head_hash:
+            return self
+        ours, theirs = f"{self.base_name} (head {self.head_hash})", f"{base.name} (head {base.head_hash})"
+        raise ChassisError(f"this adapter was made for {ours}, not for {theirs}: fit one for this base")
 
 
 Method = Callable[..., Adapter]
@@ -272,12 +271,12 @@ def fit(
     if unknown := ", ".join(sorted({*options} - {*known})):
         raise ChassisError(f"method {method} has no option {unknown}; it takes {', '.join(known) or 'none'}")
     base, expert = activations.base, activations.expert
-    if sums and (options.get("features") or {layer % (base.num_layers + 1), activations.layer} != {base.num_layers}):
-        raise ChassisError("statistics hold what is read, and need the final state: tell gather the features, not fit")
     if expert.readout.softcap != base.readout.softcap:
         raise ChassisError(f"{base.name} and {expert.name} cap their logits differently: no linear map joins them")
     if not sums:
         activations.layer(layer)
+    elif options.get("features") or {layer % (base.num_layers + 1), activations.layer} != {base.num_layers}:
+        raise ChassisError("statistics hold what is read, and need the final state: tell gather the features, not fit")
     lam = 1e-3 if lam is None and method != "v2" else lam
     adapter = function(activations, layer % (base.num_layers + 1), lam, **options)
     probes = activations.probes if sums else (activations.probes,)
@@ -325,15 +324,12 @@ def difference(
     """Ridge from a layer's state, or features, to the final states of expert and base side by side.
 
     Both logits are linear in these, so one fit to hidden states serves all columns of the vocabulary (see `heads`).
-
-    Returns:
-        `W (p, expert hidden + hidden)`, its bias, and the statistics used.
+    Returns `W (p, expert hidden + hidden)`, its bias, and the statistics used.
     """
     if isinstance(a, Statistics):
-        gram = a.gram
-    else:
-        x = a.layer(layer) if features is None else features({place: a.layer(place) for place in features.places})
-        gram = Gram.of(x, torch.cat([a.expert_hidden, a.hidden[a.final]], dim=1))
+        return *ridge(gram := a.gram, lam), gram
+    x = a.layer(layer) if features is None else features({place: a.layer(place) for place in features.places})
+    gram = Gram.of(x, torch.cat([a.expert_hidden, a.hidden[a.final]], dim=1))
     return *ridge(gram, lam), gram
 
 
@@ -388,11 +384,10 @@ def _v1(a: Activations, layer: int, lam: float, top_k: int | None = None, normed
     top_k = max(1, round(vocab * 2048 / 32000)) if top_k is None else top_k
     if not 1 <= top_k <= vocab:
         raise ChassisError(f"top_k = {top_k} is outside 1..{vocab}, the vocabulary of {base.name}")
+    if (h := x.shape[1]) != base.hidden_size:
+        raise ChassisError(f"layer {layer} of {base.name} has size {h}, its head reads {base.hidden_size}: use rrr")
     lens = _lens(a, layer, lam)
     columns = (lens.down @ lens.up).norm(dim=0).topk(top_k).indices.sort().values
-    h, read = x.shape[1], base.hidden_size
-    if h != read:
-        raise ChassisError(f"layer {layer} of {base.name} has size {h}, its head reads {read}: use rrr")
     onto = "normed" if normed and layer != a.final else "layer"
     own = base.final_norm(x) if onto == "normed" else x
     head, head_bias = (part[..., columns] for part in _head(base.readout))

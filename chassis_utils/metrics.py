@@ -33,11 +33,7 @@ def kl(expert_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Mean and the bounds of its t-interval, over seeds.
-
-    Raises:
-        ChassisError: fewer than two values: one seed tells nothing of the spread.
-    """
+    """Mean and the bounds of its t-interval, over seeds: two at least, or ChassisError, as one tells of no spread."""
     if len(values) < 2:
         raise ChassisError(f"an interval over {len(values)} seed: measure at least two")
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
@@ -71,8 +67,7 @@ def evaluate(
     `all`; `all` for real text unless given) or on activations of them already harvested (no forward pass then, unless
     an adapter edits the base on its way or reads a block). The identity is always the bare base: where the base (or its
     states) were edited, `bare` holds activations of the bare one on the same probes, in the same order, harvested if
-    not given. `allow_overlap` accepts prompts that the adapter
-    was fitted on, outside the split `train`.
+    not given. `allow_overlap` accepts prompts that an adapter was fitted on, outside the split `train`.
 
     Returns:
         Columns `base, expert, method, rank, layer, onto, split, probes, n`, `kl` and `kl_identity` (nats, mean over
@@ -90,11 +85,10 @@ def evaluate(
     adapters = _several(adapter, Adapter, "adapter", "what fit returns")
     if not (sets := _several(probes, Probes | Activations, "probes", "a probe set or what harvest returns")):
         raise ChassisError("no probes to evaluate on: give at least one set")
-    for one in adapters:
-        one.check_base(base)
     # Adapters with the same edits on the way share a pass; those without any come first, with the identity.
     groups: dict[tuple[str, ...], list[Adapter]] = {(): []}
     for one in adapters:
+        one.check_base(base)
         groups.setdefault(tuple(edit.revision for edit in one.edits), []).append(one)
     rows = []
     for place, given in enumerate(sets):
@@ -107,17 +101,17 @@ def evaluate(
         plain = bare[place] if place < len(bare) else given
         if plain.base.edits:
             plain = harvest(base.bare, expert, given.probes, given.positions, [-1], progress=False)
-        if plain.base.edits or plain.probes.digest != given.probes.digest or len(plain) != len(given):
+        if plain.probes.digest != given.probes.digest or len(plain) != len(given):
             raise ChassisError(f"bare[{place}] is not the bare base on '{given.probes.name}': give the same order")
-        by_adapter: dict[int, dict] = {}
+        found: dict[int, dict] = {}
         for edits, several in groups.items():
             here, wanted = given, _places(several)
             if edits or any(isinstance(place, str) and place not in given.hidden for place in wanted):
                 port = base.edited(*several[0].edits) if edits else base
                 here = harvest(port, expert, given.probes, given.positions, wanted, progress=False)
-            first, *found = _evaluate(here, several, plain.hidden[plain.final], allow_overlap)
-            by_adapter |= dict(zip(map(id, several), found, strict=True)) | {0: by_adapter.get(0, first)}
-        rows += [by_adapter[0], *(by_adapter[id(one)] for one in adapters)]
+            theirs = _evaluate(here, several, plain.hidden[plain.final], allow_overlap)
+            found = dict(zip((0, *map(id, several)), theirs, strict=True)) | found
+        rows += [found[key] for key in (0, *map(id, adapters))]
     return pd.DataFrame(rows)
 
 
@@ -253,10 +247,9 @@ def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow
         if reference > 1e-12:
             recovered, (worst, best) = 1 - value / reference, ratio_bounds(kls, by_prompt[0])
         row = {"base": base.name, "expert": expert.name, "method": adapter.method}
-        row |= (
-            {"rank": None, "layer": None} if adapter is everyone[0] else {"rank": adapter.rank, "layer": adapter.layer}
-        )
-        row |= {"onto": adapter.onto, "split": a.probes.split, "probes": a.probes.name, "n": n}
+        rank, layer = (None, None) if adapter is everyone[0] else (adapter.rank, adapter.layer)
+        row |= {"rank": rank, "layer": layer, "onto": adapter.onto}
+        row |= {"split": a.probes.split, "probes": a.probes.name, "n": n}
         row |= {"kl": value, "kl_identity": reference, "kl_low": low, "kl_high": high}
         row |= {"recovered": recovered, "recovered_low": 1 - best, "recovered_high": 1 - worst}
         bits = nats / math.log(2) / a.num_bytes if a.positions == "all" else math.nan

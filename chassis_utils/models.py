@@ -8,7 +8,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -105,25 +105,18 @@ class LanguageModel:
         """
         if any(self.layer_number(edit.layer) < self.num_layers for edit in edits):
             self._blocks()
-        return self._with(*self.edits, *edits)
+        twin = copy.copy(self)
+        twin.edits, twin._bare = (*self.edits, *edits), self.bare
+        twin.__dict__.pop("revision", None)  # kept from the time before, for other edits
+        return twin
 
     @property
     def bare(self) -> LanguageModel:
         """The model without its edits; itself where there are none."""
-        return self._with() if self.edits else self
-
-    def _with(self, *edits: Adapter) -> LanguageModel:
-        twin = copy.copy(self)
-        twin.edits = edits
-        twin.__dict__.pop("revision", None)  # kept from the time before, for other edits
-        return twin
+        return self._bare if self.edits else self
 
     def layer_number(self, layer: Place) -> Place:
-        """A layer counted from 0, negative numbers from the last; another place stays what it is.
-
-        Raises:
-            ChassisError: there is no such layer or block.
-        """
+        """A layer counted from 0, negative ones from the last; another place as it is. ChassisError: there is none."""
         final = self.num_layers
         number = layer + final + 1 if not isinstance(layer, str) and layer < 0 else layer
         if number not in (*range(final + 1), *(f"block {block}" for block in range(final)), "stream"):
@@ -141,10 +134,9 @@ class LanguageModel:
 
     @contextmanager
     def _on_the_way(self, wanted: Sequence[Place], depth: int) -> Iterator[dict[Place, torch.Tensor]]:
-        """The pass with its edits; gives the dictionary in which the wanted places are noted as the pass goes on.
+        """The pass with its edits, up to block `depth`; gives the dictionary that places are noted in on its way.
 
         Every edit below the final layer is hooked to the block that reads its layer, after what it reads is known.
-        The pass ends before block `depth`.
         """
         seen: dict[Place, torch.Tensor] = {}
         inputs: dict[int, list[torch.Tensor]] = {}
@@ -226,14 +218,12 @@ class LanguageModel:
     @cached_property
     def tokenizer_hash(self) -> str:
         """Hash of all that decides a fast tokenizer's ids; of a slow one, the token-to-id table alone."""
+        table = self.tokenizer.get_vocab()
         if getattr(self.tokenizer, "is_fast", False):
             # Without what the last call left there, and the way back to text.
-            other = ("version", "truncation", "padding", "decoder")
-            table = json.loads(self.tokenizer.backend_tokenizer.to_str())
-            table = {k: v for k, v in table.items() if k not in other}
+            left = dict.fromkeys(("version", "truncation", "padding", "decoder"))
+            table = json.loads(self.tokenizer.backend_tokenizer.to_str()) | left
             table["split_special_tokens"] = getattr(self.tokenizer, "split_special_tokens", False)
-        else:
-            table = self.tokenizer.get_vocab()
         return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property
@@ -243,8 +233,7 @@ class LanguageModel:
         for key, tensor in self.model.state_dict().items():
             sample = tensor.flatten()[:: max(1, tensor.numel() // 4096)]
             digest.update(f"{key}{tuple(tensor.shape)}".encode() + sample.float().cpu().numpy().tobytes())
-        for edit in self.edits:
-            digest.update(edit.revision.encode())
+        digest.update("".join(edit.revision for edit in self.edits).encode())
         return digest.hexdigest()[:16]
 
     def states(
@@ -301,10 +290,9 @@ class LanguageModel:
             return self._norm()(hidden.to(self.device, self.model.dtype)).float().to(hidden.device)
 
     def _norm(self) -> torch.nn.Module:
-        for holder in (self.backbone, getattr(self.backbone, "decoder", None)):
-            for norm in (getattr(holder, name, None) for name in _NORM_NAMES):
-                if isinstance(norm, torch.nn.Module):
-                    return norm
+        for name in (f"{holder}{name}" for holder in ("", "decoder.") for name in _NORM_NAMES):
+            with suppress(AttributeError):
+                return self.backbone.get_submodule(name)
         raise ChassisError(f"{self.name}: no final norm found under any of {', '.join(_NORM_NAMES)}")
 
     def _check_readout(self) -> None:
@@ -394,9 +382,8 @@ def load(
         # What transformers would warn about (missing weights, wrong sizes) is raised below; the rest is noise here.
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        config = AutoConfig.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        options |= {"config": config, "dtype": dtype or (torch.float32 if device == "cpu" else "auto")}
+        options |= {"dtype": dtype or (torch.float32 if device == "cpu" else "auto")}
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

@@ -23,10 +23,8 @@ from safetensors import SafetensorError
 from . import __version__
 from .errors import ChassisError
 
-FIELDS = tuple(
-    "experiment notebook base expert method rank layer split probes metric value seed n reported".split()
-    + "low high git versions revision time".split()
-)
+FIELDS = tuple("experiment notebook base expert method rank layer split probes metric value seed n reported".split())
+FIELDS += ("low", "high", "git", "versions", "revision", "time")
 METRICS = tuple("kl recovered top1_agreement bits_per_byte coverage undecided total_variation seconds ratio".split())
 SPLITS = ("train", "val", "test", "template", "text")
 #: In the order of the book, with claim and rule where a verdict is made; a name not here comes after, by alphabet.
@@ -115,14 +113,11 @@ def _read(path: Path) -> list[dict[str, Any]]:
     """Rows of a records file, or ChassisError."""
     if not path.is_file():
         raise ChassisError(f"no records at {path}: run `chassis run` first")
-    try:
+    with suppress(ValueError, AttributeError):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        known = all(row.keys() == set(FIELDS) for row in rows)
-    except (ValueError, AttributeError):
-        known = False
-    if not known:
-        raise ChassisError(f"{path} is half-written or by another version: delete it and `chassis run` again")
-    return rows
+        if all(row.keys() == {*FIELDS} for row in rows):
+            return rows
+    raise ChassisError(f"{path} is half-written or by another version: delete it and `chassis run` again")
 
 
 def _rewrite(path: Path, dropped: Callable[[dict[str, Any]], bool], added: Iterable[dict[str, Any]] = ()) -> None:
@@ -139,10 +134,8 @@ def _rewrite(path: Path, dropped: Callable[[dict[str, Any]], bool], added: Itera
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a name to write a file or a folder to, which then takes the place of `path`.
 
-    Whoever reads meanwhile sees the old one or the new one whole; what cannot be written leaves the old one.
-
-    Raises:
-        ChassisError: no room, no permission, or no such place.
+    Whoever reads meanwhile sees the old one or the new one whole. What cannot be written raises ChassisError and leaves
+    the old one.
     """
     final = Path(os.path.realpath(path))
     temporary, aside = (final.with_name(f".{final.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
@@ -175,11 +168,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def read_records(path_or_dir: str | Path) -> pd.DataFrame:
-    """All rows of a run, columns `FIELDS`, from its folder or its `results.jsonl`.
-
-    Raises:
-        ChassisError: the file is missing, half-written or of another layout.
-    """
+    """All rows of a run, columns `FIELDS`, from its folder or its `results.jsonl`; ChassisError if it is not whole."""
     path = Path(path_or_dir)
     return _frame(_read(path if path.suffix == ".jsonl" else path / FILE))
 
@@ -222,9 +211,7 @@ class Records:
     def add_frame(self, frame: pd.DataFrame, reported: Callable[[pd.Series], float | None] | None = None) -> None:
         """Add the wide rows of `evaluate`, one record a metric; a figure that is NaN there is left out.
 
-        Args:
-            frame: what `evaluate` returned.
-            reported: the study's figure for a row and its `kl`, or None.
+        `reported` gives the study's KL for a row, or None.
         """
         names = [c for c in frame.columns if c in FIELDS]
         for _, row in frame.iterrows():
@@ -245,11 +232,7 @@ class Records:
 
 
 def reported(experiment: str) -> dict[str, Any] | list[dict[str, Any]]:
-    """The study's figures for one experiment, as published (TinyLlama-1.1B-Chat, one consumer GPU).
-
-    Raises:
-        ChassisError: the study has no such experiment; the message lists those it has.
-    """
+    """The study's figures for one experiment, as published (TinyLlama-1.1B-Chat, one consumer GPU), or ChassisError."""
     figures = json.loads(Path(__file__).with_name("reference_results.json").read_text(encoding="utf-8"))
     figures.pop("source")
     if experiment not in figures:
