@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from os.path import commonprefix
 from pathlib import Path
@@ -48,7 +48,7 @@ class Activations:
     @property
     def layers(self) -> list[Place]:
         """Harvested layers, then blocks."""
-        return sorted(self.hidden, key=_order)
+        return _sorted(self.hidden)
 
     @property
     def final(self) -> int:
@@ -66,8 +66,7 @@ class Activations:
     def subset(self, n: int, first: int = 0) -> Activations:
         """Only n of the prompts, from number `first` on. ChassisError if there are fewer, or more rows than prompts."""
         if not (0 <= first and 1 <= n <= len(self.probes) - first):
-            there = f"1..{len(self.probes)}, the prompts of '{self.probes.name}'"
-            raise ChassisError(f"n = {n} from {first}: outside {there}")
+            raise ChassisError(f"n = {n} from {first}: outside 1..{len(self.probes)}, prompts of '{self.probes.name}'")
         if self.positions == "all":
             raise ChassisError("a part of the prompts has other bytes: harvest that part instead")
         part = slice(first, first + n)
@@ -82,9 +81,8 @@ class Activations:
         return replace(self, expert=expert, expert_hidden=theirs)
 
 
-def _order(place: Place) -> tuple[bool, int]:
-    """Layers by number, then the stream, then blocks by number."""
-    return isinstance(place, str), int(str(place).removeprefix("block ").replace("stream", "-1"))
+def _sorted(places: Iterable[Place]) -> list[Place]:
+    return sorted(places, key=lambda place: (isinstance(place, str), place))
 
 
 def _same_base(base: LanguageModel, expert: SyntheticExpert) -> None:
@@ -115,17 +113,15 @@ def harvest(
     `batch_tokens` counts padded tokens a batch; `padding`, `right` or `left`, changes nothing but rounding.
 
     Raises:
-        ChassisError: layer out of range, an unknown `positions` or `padding`, a prompt longer than a model,
-            tokenizers that differ, or activations that are not finite (prompt and layer are named).
+        ChassisError: an unknown place or option, a prompt that is too long, tokenizers that differ, NaN or infinity.
     """
     final = base.num_layers
-    wanted = sorted({final, *map(base.layer_number, range(final) if layers is None else layers)}, key=_order)
+    wanted = _sorted({final, *map(base.layer_number, range(final) if layers is None else layers)})
     for name, value, known in (("positions", positions, ("last", "all")), ("padding", padding, ("left", "right"))):
         if value not in known:
             raise ChassisError(f"{name} = '{value}': choose {' or '.join(known)}")
     ids, num_bytes = checked_ids(base, expert, probes)
-    folder = None if out_dir is None else made(out_dir)
-    run = _Run(probes, ids, positions, batch_tokens, padding, folder, progress)
+    run = _Run(probes, ids, positions, batch_tokens, padding, out_dir and made(out_dir), progress)
     part = run.collect(base, wanted)
     states = {layer: part[f"hidden.{layer}"] for layer in wanted}
     if isinstance(expert, LanguageModel):
@@ -171,10 +167,8 @@ class _Run:
         # What makes a shard of the same name another one: not part of the name, so that it can be said.
         key |= {"weights": model.revision, "tokenizer": model.tokenizer_hash}
         key |= {"dtype": str(model.model.dtype), "torch": torch.__version__, "transformers": transformers.__version__}
-        parts, n = [], len(self.ids)
-        name = f"{model.name} / {self.probes.name}"
-        bar = tqdm(total=n, desc=name, disable=not self.progress, leave=False)
-        for first in range(0, n, SHARD):
+        parts, show = [], {"desc": f"{model.name} / {self.probes.name}", "unit": " prompts", "unit_scale": SHARD}
+        for first in tqdm(range(0, len(self.ids), SHARD), disable=not self.progress, leave=False, **show):
             path = self.out_dir and self.out_dir / f"{digest}-{first // SHARD:05d}.safetensors"
             part = _kept(path, key) if path and path.exists() else None
             if part is None:
@@ -183,8 +177,6 @@ class _Run:
                     with replacing(path) as temporary:
                         save_file(part, temporary, metadata={"key": json.dumps(key)})
             parts.append(part)
-            bar.update(min(SHARD, n - first))
-        bar.close()
         return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
     def _shard(self, model: LanguageModel, layers: list[Place], ids: list[list[int]], first: int) -> dict:
@@ -209,8 +201,8 @@ def _kept(path: Path, key: dict) -> dict[str, torch.Tensor] | None:
     """A shard that is there, unless it is of something else or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            made = json.loads((file.metadata() or {}).get("key", "{}"))
-            if not (other := [name for name in key if made.get(name) != key[name]]):
+            told = json.loads((file.metadata() or {}).get("key", "{}"))
+            if not (other := [name for name in key if told.get(name) != key[name]]):
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         tqdm.write(f"{path.name} is of other {', '.join(other)} and is made again")
     except (OSError, SafetensorError):
@@ -220,10 +212,8 @@ def _kept(path: Path, key: dict) -> dict[str, torch.Tensor] | None:
 def tokenize(model: LanguageModel, probes: Probes) -> tuple[list[list[int]], int]:
     """Ids of every prompt, and the bytes of all tokens that have one before them.
 
-    With a beginning-of-text token that is the whole prompt; without one the first token is not predicted.
-
-    Raises:
-        ChassisError: a prompt is longer than the model, or has an id outside its embedding.
+    With a beginning-of-text token that is the whole prompt; without one the first token is not predicted. ChassisError
+    for a prompt that is longer than the model, or has an id outside its embedding.
     """
     fast = getattr(model.tokenizer, "is_fast", False)
     encoded = model.tokenizer(list(probes.prompts), return_offsets_mapping=fast, verbose=False)
@@ -245,8 +235,8 @@ def tokenize(model: LanguageModel, probes: Probes) -> tuple[list[list[int]], int
 def _shared(ids: list[list[int]], least: int = 3, crowd: int = 16) -> list[tuple[int, list[int]]]:
     """Prompt numbers grouped by what they begin with, each group with the number of tokens all of it shares.
 
-    Templates are mostly the same words over and over: what a group of `crowd` or more shares, `least` tokens at the
-    least, is run once. All other prompts are one group that shares nothing.
+    Templates are mostly the same words over and over: what `crowd` or more prompts share, `least` tokens or more, is
+    run once. All others are one group that shares nothing.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, one in enumerate(ids):

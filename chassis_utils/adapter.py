@@ -104,13 +104,12 @@ class Adapter:
 
         `plain` saves a product where several adapters are compared: the linear logits of the final states among them.
         """
-        readout, state = base.readout, hidden[self.layer]
-        correction = self.correction(hidden)
+        readout, correction = base.readout, self.correction(hidden)
         if self.onto == "nothing":
             return readout(correction) if self.space == "hidden" else readout.cap(correction)
-        start = hidden[base.num_layers] if self.onto == "final" else state
+        start = hidden[base.num_layers if self.onto == "final" else self.layer]
         if self.onto == "normed" and self.layer != base.num_layers:
-            start = base.final_norm(state)
+            start = base.final_norm(start)
         if self.space == "hidden":
             return readout(start + correction)
         own = plain if plain is not None and self.onto == "final" else readout.linear(start)
@@ -149,8 +148,7 @@ class Adapter:
     def save(self, folder: str | Path) -> Path:
         """Write `adapter.json` and `adapter.safetensors`; the folder appears complete or not at all.
 
-        Raises:
-            ChassisError: the folder exists and is no adapter, or cannot be written.
+        ChassisError where it exists and is no adapter, or cannot be written.
         """
         folder = Path(folder)
         if folder.exists() and not (folder / "adapter.json").is_file():
@@ -183,16 +181,13 @@ class Adapter:
         parts = {"edits": tuple(map(cls._read, plain["edits"], below))}
         parts["fitted_on"] = frozenset(tensors.pop("fitted_on", torch.empty(0, dtype=torch.long)).tolist())
         parts["features"] = plain["features"] and Features(**plain["features"])
-        adapter = cls(**plain | tensors | parts)
-        adapter._check("shapes or values")
-        return adapter
+        return cls(**plain | tensors | parts)._checked("shapes or values")
 
     @classmethod
     def load(cls, folder: str | Path, base: LanguageModel | None = None) -> Adapter:
         """Read the folder that `save` wrote, and refuse it unless it fits the base's head; nothing in it is executed.
 
-        Raises:
-            ChassisError: nothing there, damaged, of an unknown format, or made for another base.
+        ChassisError where nothing is there, or what is damaged, of an unknown format, or made for another base.
         """
         folder = Path(folder)
         try:
@@ -207,13 +202,14 @@ class Adapter:
             raise ChassisError(f"{folder} has adapter format {known}, this version reads {FORMAT}: fit it again")
         return adapter if base is None else adapter.check_base(base).to(base.device)
 
-    def _check(self, wrong: str) -> None:
+    def _checked(self, wrong: str) -> Adapter:
         rank, m = self.up.shape
         good = self.down.ndim == 2 and self.down.shape[1] == rank and self.bias.shape == (m,) and self.onto in ONTO
         good = good and isinstance(self.layer, int) and self.layer >= 0
         good = good and (self.columns is None or self.columns.shape == (m,)) and self.space in ("logits", "hidden")
         if not (good and all(torch.isfinite(t).all() for t in (self.down, self.up, self.bias))):
             raise ChassisError(wrong)
+        return self
 
     def check_base(self, base: LanguageModel) -> Adapter:
         """Itself, if it was made for this base's head; else ChassisError, naming both."""
@@ -246,16 +242,15 @@ def fit(
     Args:
         activations: of base and expert on the training probes; or what `gather` returns, for `ridge`, `rrr` and `v2`.
         method: `v2` (the strongest; see `distill`), `v1` (the study's), `ridge` and `rrr` (difference to base logits,
-            all columns; cut by SVD or in the data's metric), `hidden` (difference of hidden states), `lens`, or
-            another that an imported module has registered by `@method`.
+            all columns; cut by SVD or in the data's metric), `lens`, or another that an imported module has
+            registered by `@method`.
         rank: of the map; None keeps all, to be cut later by `Adapter.at_rank`.
         layer: of the base, negative from the last.
         lam: ridge penalty on the sum of squares, 1e-3 unless given; `v2` chooses its own, as a share of the rows.
         **options: of the method; `fit` names those that a method does not know.
 
     Raises:
-        ChassisError: unknown method or option, layer not harvested, rank 0 or above the dimension, K above the
-            vocabulary, a singular system, or a map that is not finite.
+        ChassisError: unknown method or option, a layer not harvested, a rank or K out of range, a singular system.
     """
     from . import distill  # noqa: F401  it registers v2, and needs this module
 
@@ -285,7 +280,7 @@ def fit(
     info |= {"base_revision": base.revision, "expert_revision": expert.revision}
     seen = frozenset().union(*(one.fingerprints for one in probes))
     adapter = replace(adapter, method=method, info=info, fitted_on=seen).to(base.device)
-    adapter._check(f"method {method} gives NaN or infinity at layer {layer}: try a larger lam")
+    adapter._checked(f"method {method} gives NaN or infinity at layer {layer}: try a larger lam")
     return adapter if rank is None else adapter.at_rank(rank)
 
 
@@ -397,19 +392,3 @@ def _v1(a: Activations, layer: int, lam: float, top_k: int | None = None, normed
     full = weight[:, :h] @ lens_map - weight[:, h:] @ head
     shift = bias[:h] @ lens_map + lens.bias.double()[columns] - bias[h:] @ head - head_bias
     return assembled(a, layer, low_rank(full), shift, onto=onto, columns=columns, info={"top_k": top_k})
-
-
-@method("hidden")
-def _hidden(a: Activations, layer: int, lam: float) -> Adapter:
-    """Difference of the hidden states themselves, read by the base's head; lower ranks in the data's metric."""
-    same_size(a)
-    gram = Gram.of(a.layer(layer), a.expert_hidden - a.hidden[a.final])
-    weight, bias = ridge(gram, lam)
-    return assembled(a, layer, low_rank(weight, gram.covariance), bias, space="hidden")
-
-
-def same_size(a: Activations) -> None:
-    """Refuse, by ChassisError, a pair whose final states are of two sizes."""
-    if (ours := a.base.hidden_size) != (theirs := a.expert_hidden.shape[1]):
-        sizes = f"{a.base.name} has hidden size {ours}, {a.expert.name} {theirs}"
-        raise ChassisError(f"{sizes}: use a method on logits, as rrr")

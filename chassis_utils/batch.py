@@ -43,10 +43,8 @@ class Profile:
 def load_profile(name: str, path: str | Path | None = None) -> Profile:
     """Read a block of `<project>/notebooks/profiles.yml`, unless given of the project around the working folder.
 
-    Where that is no project, it is the one that this package lies in.
-
-    Raises:
-        ChassisError: no such profile (the message lists them), no profiles file, or one of another layout.
+    Where that is no project, it is the one that this package lies in. ChassisError: no such profile (the message lists
+    them), no profiles file, or one of another layout.
     """
     roots = (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1])
     path = path or next((root / _PROFILES for root in roots if (root / _PROFILES).is_file()), None)
@@ -199,9 +197,7 @@ def build_book(profile: str | Profile) -> Path:
     """Build the HTML book from executed notebooks; returns the first page.
 
     The profile `pocket` is built in `_build`, another in `_build/<name>`, where pages that quote a run quote that one.
-
-    Raises:
-        ChassisError: a notebook of the table of contents was not executed or has failed; the build warned.
+    ChassisError: a notebook of the table of contents was not executed or has failed, or the build warned.
     """
     profile = load_profile(profile) if isinstance(profile, str) else profile
     root, name, toc = profile.root, profile.name, profile.root / "_toc.yml"
@@ -212,10 +208,8 @@ def build_book(profile: str | Profile) -> Path:
     causes = {page.stem: _cause(root / page.with_suffix(".ipynb")) for page in pages}
     if missing := [f"{stem} ({cause})" for stem, cause in causes.items() if cause]:
         raise ChassisError(f"not executed: {', '.join(missing)}; run `chassis run --profile {name}` first")
-    target, table = root, toc
-    if name != "pocket":
-        target = made(root / "_build" / name)
-        table = target / "_toc.yml"
+    target = root if name == "pocket" else made(root / "_build" / name)
+    if (table := target / "_toc.yml") != toc:
         table.write_text(text, encoding="utf-8")
     # The package has no `python -m` entry, and the command of that name on PATH may belong to another Python.
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", "."]

@@ -26,7 +26,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line: 0 if all went well, 1 for bad input or a failed notebook, 2 for wrong usage, 130 if stopped."""
+    """Run the command line; 0 if all went well, 1: bad input or a failed notebook, 2: wrong usage, 130: interrupted."""
     parser = argparse.ArgumentParser(prog="chassis", description=__doc__)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -86,6 +86,10 @@ class LanguageModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     readout: Readout = field(init=False, repr=False)
+    num_layers: int = field(init=False)  #: Number of blocks; also the number of the final layer
+    context: int = field(init=False)  #: Longest prompt, in tokens (2,048 where the config does not say)
+    #: Whether a beginning can be run once and shared; recurrent models (Mamba) keep a state of another kind
+    keeps_cache: bool = field(init=False)
     edits: tuple[Adapter, ...] = ()  #: Changes on the way through, in hidden space, put there by `edited`
 
     def __post_init__(self) -> None:
@@ -93,15 +97,17 @@ class LanguageModel:
         self.backbone = self.model.base_model
         self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
         self.readout = _readout(self.model, len(self.tokenizer))
+        config = self.model.config.get_text_config()
+        self.num_layers = config.num_hidden_layers
+        self.context = getattr(config, "max_position_embeddings", None) or 2048
+        self.keeps_cache = not getattr(self.model, "_is_stateful", False)
         self._check_readout()
 
     def edited(self, *edits: Adapter) -> LanguageModel:
         """The same weights with the residual stream changed on its way: an edit at layer l flows through l+1..L.
 
-        Edits at one layer act in the order given, after those that are there already.
-
-        Raises:
-            ChassisError: a layer that does not exist, or blocks that cannot be found in this architecture.
+        Edits at one layer act in the order given, after those that are there already. ChassisError for a layer that
+        does not exist, or blocks that cannot be found in this architecture.
         """
         if any(self.layer_number(edit.layer) < self.num_layers for edit in edits):
             self._blocks()
@@ -140,14 +146,13 @@ class LanguageModel:
         """
         seen: dict[Place, torch.Tensor] = {}
         inputs: dict[int, list[torch.Tensor]] = {}
-        edits = [edit for edit in self.edits if edit.changes != self.num_layers]
         places = {*wanted, *(place for edit in self.edits for place in (edit.changes, *edit.reads)), depth}
 
         def enter(number: Place, _: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             # The state is the first argument, by place or by name.
             state = args[0] if args else kwargs["hidden_states"]
             seen[number] = state.float()
-            here = [edit for edit in edits if edit.changes == number]
+            here = [edit for edit in self.edits if edit.changes == number]
             for edit in here:
                 seen[number] = seen[number] + edit.correction(seen)
             if number == depth:
@@ -191,24 +196,9 @@ class LanguageModel:
         return self.readout.weight.shape[1]
 
     @property
-    def num_layers(self) -> int:
-        """Number of blocks; also the number of the final layer."""
-        return self.model.config.get_text_config().num_hidden_layers
-
-    @property
     def vocab_size(self) -> int:
         """Tokens that the readout covers."""
         return self.readout.vocab_size
-
-    @property
-    def context(self) -> int:
-        """Longest prompt, in tokens (2,048 where the config does not say)."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2048
-
-    @property
-    def keeps_cache(self) -> bool:
-        """Whether a beginning can be run once and shared; recurrent models (Mamba) keep a state of another kind."""
-        return not getattr(self.model, "_is_stateful", False)
 
     @cached_property
     def head_hash(self) -> str:
@@ -246,15 +236,9 @@ class LanguageModel:
     ) -> dict[Place, torch.Tensor]:
         """Hidden states of a padded batch, one forward pass with its edits, without the head, no deeper than asked for.
 
-        Args:
-            input_ids: `(batch, length)`.
-            mask: `(batch, length)`, 1 at real tokens; padding may be on either side.
-            layers: which places; None is the final layer.
-            prefix: ids that come before every row; run once, for the whole batch.
-            grad: keep what a gradient needs.
-
-        Returns:
-            place -> `(batch, length, hidden)`, float32, after the edits of that layer.
+        `input_ids` and `mask`, 1 at real tokens, are `(batch, length)`, padded on either side; `layers` any places, or
+        None, the final; the ids of `prefix` come before every row and are run once; `grad` keeps what a gradient needs.
+        Returns place -> `(batch, length, size)`, float32, after the edits there.
         """
         layers = [self.num_layers] if layers is None else list(layers)
         input_ids, mask = input_ids.to(self.device), mask.to(self.device)
@@ -359,12 +343,9 @@ def load(
 ) -> LanguageModel:
     """Load a model and its tokenizer, frozen, its readout checked against the model's own logits.
 
-    Args:
-        name: bundled name (`pocket-base`, ...), model folder, or hub id (`org/name`).
-        revision: branch, tag or commit of a hub model.
-        device: `auto` (a GPU if there is one), or any torch device.
-        dtype: of the weights; float32 on CPU and the model's own on a GPU unless given.
-        trust_remote_code: run code that comes with the model.
+    `name` is a bundled name (`pocket-base`, ...), a model folder, or a hub id (`org/name`), of which `revision` is a
+    branch, tag or commit. `device` is `auto` (a GPU if there is one) or any of torch's; `dtype`, of the weights, is
+    float32 on CPU and the model's own on a GPU unless given. `trust_remote_code` runs code that comes with the model.
 
     Raises:
         ChassisError: unknown name, hub out of reach, tokenizer or weights missing, or a head that is not understood.
@@ -394,13 +375,11 @@ def load(
         raise ChassisError(reason) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    if info["mismatched_keys"]:
-        key, *shapes = sorted(info["mismatched_keys"])[0]
-        found, wanted = map(tuple, shapes)
+    if odd := sorted(info["mismatched_keys"]):
+        key, found, wanted = odd[0][0], *map(tuple, odd[0][1:])
         raise ChassisError(f"{name}: {key} has shape {found}, its config says {wanted}: get the whole folder")
     if lost := sorted(info["missing_keys"]):
         raise ChassisError(f"{name}: {len(lost)} weights are missing, the first is {lost[0]}: get the whole folder")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        unusable = "the tokenizer has more entries than the embedding; texts that use them fail"
-        warnings.warn(f"{name}: {unusable}", stacklevel=2)
+        warnings.warn(f"{name}: the tokenizer has more entries than the embedding; texts with them fail", stacklevel=2)
     return LanguageModel(str(name), model.to(device), tokenizer)

@@ -88,10 +88,8 @@ def probe_set(name: str, split: str = "train", n: int | None = None) -> Probes:
     It is a template set (`mixed`, `math`, `physics`, `unseen`, `numerals`, `languages`, `single`) or a bundled text
     (`prose`, `math-text`, `verse`). In the splits `train`, `val` and `test` templates are numbered from 0, 5,000 and
     8,000 as in the study; of the passages of a text, number 3 of every 5 is `val`, number 4 is `test`. Unless n says
-    how many, there are 4,096 (train) or 512 of a template set, and all of a text.
-
-    Raises:
-        ChassisError: unknown name or split, or n outside what the split holds.
+    how many, there are 4,096 (train) or 512 of a template set, and all of a text. ChassisError for an unknown name or
+    split, or n outside what the split holds.
     """
     if split not in NUMBERS:
         raise ChassisError(f"no split '{split}': choose train, val or test")
@@ -121,10 +119,8 @@ def written(expert: LanguageModel, n: int, split: str = "train", length: int = 2
     """Passages (n) that the expert writes itself, of at most `length` tokens, sampled at temperature 1 from nothing.
 
     Where there is no corpus of its domain, this is one: the tokens on which its own distribution counts. The same seed
-    gives the same passages on the same machine; another split draws others.
-
-    Raises:
-        ChassisError: n or length below 1, an unknown split, or a tokenizer without a beginning-of-text token.
+    gives the same passages on the same machine; another split draws others. ChassisError for n below 1, a length that
+    does not fit, an unknown split, or a tokenizer without a beginning-of-text token.
     """
     start, context = expert.tokenizer.bos_token_id, expert.context
     if n < 1 or not 2 <= length <= context or split not in NUMBERS:

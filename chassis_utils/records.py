@@ -69,14 +69,12 @@ def locked(path: Path, busy: str | None = None) -> Iterator[int]:
 @cache
 def provenance() -> dict[str, Any]:
     """`git` revision of this package ("-dirty" if edited, None outside a repository) and `versions`."""
-    folder = Path(__file__).parent
-    try:
+    folder, git = Path(__file__).parent, None
+    with suppress(OSError, subprocess.CalledProcessError):
         # A package installed inside someone else's repository must not claim that repository's revision.
         for words in ("ls-files --error-unmatch records.py", "describe --always --dirty --abbrev=40 --exclude=*"):
             told = subprocess.run(["git", *words.split()], cwd=folder, capture_output=True, text=True, check=True)
         git = told.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        git = None
     packages = {name: version(name) for name in ("torch", "transformers")} | {"chassis_utils": __version__}
     return {"git": git, "versions": {"python": platform.python_version(), **packages}}
 
@@ -94,10 +92,9 @@ def _number(name: str, value: Any, row: dict[str, Any]) -> int | float | None:
     """A plain finite number from a Python, numpy or torch scalar; a count must be whole, only `value` must be there."""
     if name != "value" and _missing(value):
         return None
-    try:
+    number = math.nan
+    with suppress(TypeError, ValueError, RuntimeError):
         number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        number = math.nan
     if not math.isfinite(number) or (name in _INTEGERS and number % 1):
         kind = "whole" if name in _INTEGERS else "finite"
         raise ChassisError(f"{name} is not a {kind} number ({value!r}): mend or leave out the row {_label(row)}")
@@ -195,8 +192,7 @@ class Records:
     def add(self, *, metric: str, value: Any, method: str, **fields: Any) -> None:
         """Add one measurement; `fields` (`split`, `rank`, `layer`, `n`, `reported`, ...) override the defaults.
 
-        Raises:
-            ChassisError: unknown field, metric or split; a figure that is not a finite number.
+        ChassisError for an unknown field, metric or split, or a figure that is not a finite number.
         """
         row = self._defaults | fields | {"metric": metric, "value": value, "method": method}
         if unknown := sorted(set(row) - set(FIELDS)):
@@ -229,12 +225,3 @@ class Records:
         own = {name: self._defaults[name] for name in ("experiment", "notebook")}
         _rewrite(self.path, lambda row: own.items() <= row.items(), self._rows.values())
         return _frame(self._rows.values())
-
-
-def reported(experiment: str) -> dict[str, Any] | list[dict[str, Any]]:
-    """The study's figures for one experiment, as published (TinyLlama-1.1B-Chat, one consumer GPU), or ChassisError."""
-    figures = json.loads(Path(__file__).with_name("reference_results.json").read_text(encoding="utf-8"))
-    figures.pop("source")
-    if experiment not in figures:
-        raise ChassisError(f"the study reports nothing as {experiment!r}: it has {', '.join(figures)}")
-    return figures[experiment]
