@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .activations import Activations, harvest, harvest_splits
+    from .activations import Activations, harvest
     from .adapter import Adapter, fit
     from .bridge import Bridge, Bridged
     from .errors import ChassisError
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .metrics import choose_rank, evaluate, interval
     from .models import LanguageModel, bundled, load
     from .probes import Probes, passages, probe_set, written
-    from .records import Records, read_records, results_table, write_table
+    from .records import Records, read_records
     from .solve import Gram, ridge
     from .statistics import Statistics, gather
     from .tokens import token_bytes
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "activations": ("Activations", "harvest", "harvest_splits"),
+    "activations": ("Activations", "harvest"),
     "adapter": ("Adapter", "fit"),
     "bridge": ("Bridge", "Bridged"),
     "errors": ("ChassisError",),
@@ -30,7 +30,7 @@ _HOMES = {
     "metrics": ("choose_rank", "evaluate", "interval"),
     "models": ("LanguageModel", "bundled", "load"),
     "probes": ("Probes", "passages", "probe_set", "written"),
-    "records": ("Records", "read_records", "results_table", "write_table"),
+    "records": ("Records", "read_records"),
     "solve": ("Gram", "ridge"),
     "statistics": ("Statistics", "gather"),
     "tokens": ("token_bytes",),

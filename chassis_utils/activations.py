@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
@@ -20,13 +20,12 @@ from tqdm.auto import tqdm
 from .errors import ChassisError
 from .experts import SyntheticExpert
 from .models import LanguageModel, Place
-from .probes import Probes, probe_set
-from .records import replacing
+from .probes import Probes
+from .records import made, replacing
 
 Expert = LanguageModel | SyntheticExpert
 
 SHARD = 1024  # prompts a shard: what a kill can cost
-_BESIDE = ("expert_hidden", "prompt", "next_token")  # what `Activations` holds a row of beside `hidden`
 
 
 @dataclass
@@ -37,9 +36,7 @@ class Activations:
     expert: Expert
     probes: Probes
     positions: str  #: `last` (one row a prompt) or `all` (one row a token)
-    hidden: dict[
-        Place, torch.Tensor
-    ]  #: layer or `block b` -> `(n, size)` of the base, float32. The final layer is always there
+    hidden: dict[Place, torch.Tensor]  #: place -> `(n, size)` of the base, float32; the final layer is always there
     expert_hidden: torch.Tensor  #: `(n, expert hidden)`: what the expert's head reads
     prompt: torch.Tensor  #: `(n,)`: number of the prompt a row belongs to
     next_token: torch.Tensor  #: `(n,)`: id of the token that follows, -1 where none does
@@ -51,7 +48,7 @@ class Activations:
     @property
     def layers(self) -> list[Place]:
         """Harvested layers, then blocks."""
-        return sorted(self.hidden, key=_order)
+        return _sorted(self.hidden)
 
     @property
     def final(self) -> int:
@@ -59,11 +56,7 @@ class Activations:
         return self.base.num_layers
 
     def layer(self, layer: Place) -> torch.Tensor:
-        """Hidden states `(n, hidden)` of one layer, negative numbers from the last; or what `block b` reads.
-
-        Raises:
-            ChassisError: the layer does not exist or was not harvested.
-        """
+        """What one place holds, `(n, size)`, negative layers from the last. ChassisError if it was not harvested."""
         number = layer + self.final + 1 if isinstance(layer, int) and layer < 0 else layer
         if number not in self.hidden:
             have = f"{', '.join(map(str, self.layers))} of {self.base.name} (0..{self.final})"
@@ -71,20 +64,15 @@ class Activations:
         return self.hidden[number]
 
     def subset(self, n: int, first: int = 0) -> Activations:
-        """Only n of the prompts, from number `first` on.
-
-        Raises:
-            ChassisError: there are not that many.
-        """
+        """Only n of the prompts, from number `first` on. ChassisError if there are fewer, or more rows than prompts."""
         if not (0 <= first and 1 <= n <= len(self.probes) - first):
-            held = f"1..{len(self.probes)}, the prompts of '{self.probes.name}'"
-            raise ChassisError(f"n = {n} from {first}: outside {held}")
+            raise ChassisError(f"n = {n} from {first}: outside 1..{len(self.probes)}, prompts of '{self.probes.name}'")
         if self.positions == "all":
             raise ChassisError("a part of the prompts has other bytes: harvest that part instead")
         part = slice(first, first + n)
-        probes = Probes(self.probes.name, self.probes.split, self.probes.prompts[part])
-        rows = {k: getattr(self, k)[part] for k in _BESIDE}
-        return replace(self, probes=probes, hidden={layer: h[part] for layer, h in self.hidden.items()}, **rows)
+        rows = {k: getattr(self, k)[part] for k in ("expert_hidden", "prompt", "next_token")}
+        rows["hidden"] = {place: states[part] for place, states in self.hidden.items()}
+        return replace(self, probes=replace(self.probes, prompts=self.probes.prompts[part]), **rows)
 
     def against(self, expert: SyntheticExpert) -> Activations:
         """The same states beside another expert that is a function of them: no forward pass."""
@@ -93,11 +81,8 @@ class Activations:
         return replace(self, expert=expert, expert_hidden=theirs)
 
 
-def _order(place: Place) -> tuple[bool, int]:
-    """Layers by number, then blocks by number, then the stream."""
-    return (
-        (False, place) if isinstance(place, int) else (True, int(place.removeprefix("block ").replace("stream", "-1")))
-    )
+def _sorted(places: Iterable[Place]) -> list[Place]:
+    return sorted(places, key=lambda place: (isinstance(place, str), place))
 
 
 def _same_base(base: LanguageModel, expert: SyntheticExpert) -> None:
@@ -124,21 +109,19 @@ def harvest(
     shared by every expert and notebook that asks for the same base, probes, layers and positions.
 
     The expert is a model with the base's tokenizer, or a function of the base's hidden state. `positions` is the `last`
-    token of each prompt, or `all`; `layers` are the base's, 0..num_layers, negative from the last, None for every one,
-    `block b` for what the linear maps of block b read;
+    token of each prompt, or `all`; `layers` are places of the base, negative ones from the last, None for every layer;
     `batch_tokens` counts padded tokens a batch; `padding`, `right` or `left`, changes nothing but rounding.
 
     Raises:
-        ChassisError: layer out of range, an unknown `positions` or `padding`, a prompt longer than a model,
-            tokenizers that differ, or activations that are not finite (prompt and layer are named).
+        ChassisError: an unknown place or option, a prompt that is too long, tokenizers that differ, NaN or infinity.
     """
     final = base.num_layers
-    wanted = sorted({final, *map(base.layer_number, range(final) if layers is None else layers)}, key=_order)
+    wanted = _sorted({final, *map(base.layer_number, range(final) if layers is None else layers)})
     for name, value, known in (("positions", positions, ("last", "all")), ("padding", padding, ("left", "right"))):
         if value not in known:
             raise ChassisError(f"{name} = '{value}': choose {' or '.join(known)}")
     ids, num_bytes = checked_ids(base, expert, probes)
-    run = _Run(probes, ids, positions, batch_tokens, padding, None if out_dir is None else _make(out_dir), progress)
+    run = _Run(probes, ids, positions, batch_tokens, padding, out_dir and made(out_dir), progress)
     part = run.collect(base, wanted)
     states = {layer: part[f"hidden.{layer}"] for layer in wanted}
     if isinstance(expert, LanguageModel):
@@ -150,48 +133,18 @@ def harvest(
 
 
 def checked_ids(base: LanguageModel, expert: Expert, probes: Probes) -> tuple[list[list[int]], int]:
-    """What `tokenize` gives, once it is sure that both models read the same ids.
-
-    Raises:
-        ChassisError: tokenizers that differ, or an expert drawn for another base.
-    """
+    """What `tokenize` gives, once it is sure that both models read the same ids; ChassisError if they do not."""
     ids, num_bytes = tokenize(base, probes)
-    if isinstance(expert, LanguageModel):
-        if getattr(base.tokenizer, "is_fast", False) and expert.tokenizer_hash == base.tokenizer_hash:
-            _check_ids(expert, probes, ids)
-        # Two versions of a library may write one tokenizer in two ways: then the table and these ids must agree.
-        elif expert.tokenizer.get_vocab() != base.tokenizer.get_vocab():
-            raise ChassisError(f"{expert.name} and {base.name} have different tokenizers: that takes a bridge")
-        elif tokenize(expert, probes)[0] != ids:
-            raise ChassisError(f"{expert.name} and {base.name} cut prompts into other tokens: check the first token")
-    else:
+    if not isinstance(expert, LanguageModel):
         _same_base(base, expert)
+    elif getattr(base.tokenizer, "is_fast", False) and expert.tokenizer_hash == base.tokenizer_hash:
+        _check_ids(expert, probes, ids)
+    # Two versions of a library may write one tokenizer in two ways: then the table and these ids must agree.
+    elif expert.tokenizer.get_vocab() != base.tokenizer.get_vocab():
+        raise ChassisError(f"{expert.name} and {base.name} have different tokenizers: that takes a bridge")
+    elif tokenize(expert, probes)[0] != ids:
+        raise ChassisError(f"{expert.name} and {base.name} cut prompts into other tokens: check the first token")
     return ids, num_bytes
-
-
-def harvest_splits(
-    base: LanguageModel,
-    expert: Expert,
-    n_train: int = 4096,
-    *,
-    text: str = "prose",
-    out_dir: str | Path | None = None,
-    progress: bool = True,
-) -> dict[str, Activations]:
-    """Everything a notebook judges by, every layer, harvested once.
-
-    Returns:
-        The study's prompts, at their last token, as `train` (n_train), `val` and `test` (an eighth each); `template`,
-        as many prompts of templates never fitted on; `single`, the study's one free prompt; and at every position the
-        passages of `text`: `text_train`, `text_val`, `text`.
-    """
-    held = max(1, n_train // 8)
-    sets = {"train": ("mixed", "train", n_train), "val": ("mixed", "val", held), "test": ("mixed", "test", held)}
-    sets |= {"template": ("unseen", "test", held), "single": ("single", "test")}
-    texts = {"text_train": (text, "train"), "text_val": (text, "val"), "text": (text, "test")}
-    go = partial(harvest, base, expert, out_dir=out_dir, progress=progress)
-    last = {k: go(probe_set(*named), "last") for k, named in sets.items()}
-    return last | {k: go(probe_set(*named), "all") for k, named in texts.items()}
 
 
 @dataclass
@@ -214,27 +167,16 @@ class _Run:
         # What makes a shard of the same name another one: not part of the name, so that it can be said.
         key |= {"weights": model.revision, "tokenizer": model.tokenizer_hash}
         key |= {"dtype": str(model.model.dtype), "torch": torch.__version__, "transformers": transformers.__version__}
-        parts: list[dict[str, torch.Tensor]] = []
-        name, n = f"{model.name} / {self.probes.name}", len(self.ids)
-        bar = tqdm(total=n, desc=name, disable=not self.progress, leave=False)
-        for first in range(0, n, SHARD):
-            path = None if self.out_dir is None else self.out_dir / f"{digest}-{first // SHARD:05d}.safetensors"
-            part = None
-            if path and path.exists():
-                try:
-                    part, meta = _read(path)
-                    made = json.loads(meta.get("key", "{}"))
-                    if other := [name for name in key if made.get(name) != key[name]]:
-                        part = tqdm.write(f"{path.name} is of other {', '.join(other)} and is made again")
-                except ChassisError:
-                    tqdm.write(f"{path.name} is damaged and is made again")
+        parts, show = [], {"desc": f"{model.name} / {self.probes.name}", "unit": " prompts", "unit_scale": SHARD}
+        for first in tqdm(range(0, len(self.ids), SHARD), disable=not self.progress, leave=False, **show):
+            path = self.out_dir and self.out_dir / f"{digest}-{first // SHARD:05d}.safetensors"
+            part = _kept(path, key) if path and path.exists() else None
             if part is None:
                 part = self._shard(model, layers, self.ids[first : first + SHARD], first)
                 if path:
-                    _write(part, path, {"key": json.dumps(key)})
+                    with replacing(path) as temporary:
+                        save_file(part, temporary, metadata={"key": json.dumps(key)})
             parts.append(part)
-            bar.update(min(SHARD, n - first))
-        bar.close()
         return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
     def _shard(self, model: LanguageModel, layers: list[Place], ids: list[list[int]], first: int) -> dict:
@@ -255,13 +197,23 @@ class _Run:
         return part
 
 
+def _kept(path: Path, key: dict) -> dict[str, torch.Tensor] | None:
+    """A shard that is there, unless it is of something else or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = json.loads((file.metadata() or {}).get("key", "{}"))
+            if not (other := [name for name in key if told.get(name) != key[name]]):
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tqdm.write(f"{path.name} is of other {', '.join(other)} and is made again")
+    except (OSError, SafetensorError):
+        tqdm.write(f"{path.name} is damaged and is made again")
+
+
 def tokenize(model: LanguageModel, probes: Probes) -> tuple[list[list[int]], int]:
     """Ids of every prompt, and the bytes of all tokens that have one before them.
 
-    With a beginning-of-text token that is the whole prompt; without one the first token is not predicted.
-
-    Raises:
-        ChassisError: a prompt is longer than the model, or has an id outside its embedding.
+    With a beginning-of-text token that is the whole prompt; without one the first token is not predicted. ChassisError
+    for a prompt that is longer than the model, or has an id outside its embedding.
     """
     fast = getattr(model.tokenizer, "is_fast", False)
     encoded = model.tokenizer(list(probes.prompts), return_offsets_mapping=fast, verbose=False)
@@ -283,18 +235,17 @@ def tokenize(model: LanguageModel, probes: Probes) -> tuple[list[list[int]], int
 def _shared(ids: list[list[int]], least: int = 3, crowd: int = 16) -> list[tuple[int, list[int]]]:
     """Prompt numbers grouped by what they begin with, each group with the number of tokens all of it shares.
 
-    Templates are mostly the same words over and over: what a group of `crowd` or more shares, `least` tokens at the
-    least, is run once. All other prompts are one group that shares nothing.
+    Templates are mostly the same words over and over: what `crowd` or more prompts share, `least` tokens or more, is
+    run once. All others are one group that shares nothing.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, one in enumerate(ids):
         groups.setdefault(tuple(one[:least]), []).append(i)
     rest, shared = [], []
     for group in groups.values():
-        low, high = (choose(ids[i] for i in group) for choose in (min, max))
-        cut = next((n for n, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))
+        several = [ids[i] for i in group]
         # A prompt must keep a token of its own, where its state is read.
-        cut = min(cut, len(low) - 1, min(len(ids[i]) for i in group) - 1)
+        cut = min(len(commonprefix(several)), min(map(len, several)) - 1)
         if len(group) < crowd or cut < least:
             rest += group
         else:
@@ -334,28 +285,4 @@ def _batches(lengths: dict[int, int], batch_tokens: int) -> list[list[int]]:
 def _padded(ids: list[list[int]], side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask, `(batch, length)` each."""
     rows = [torch.tensor(own) for own in ids]
-    ones = [torch.ones_like(own) for own in rows]
-    return pad_sequence(rows, True, 0, side), pad_sequence(ones, True, 0, side)
-
-
-def _make(folder: str | Path) -> Path:
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ChassisError(f"cannot write to {folder} ({error.strerror}): choose another folder") from error
-    return folder
-
-
-def _write(tensors: dict[str, torch.Tensor], path: Path, meta: dict[str, str]) -> Path:
-    with replacing(path) as temporary:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata=meta)
-    return path
-
-
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ChassisError(f"{path} is missing or damaged ({type(error).__name__}): make it again") from error
+    return pad_sequence(rows, True, 0, side), pad_sequence([*map(torch.ones_like, rows)], True, 0, side)

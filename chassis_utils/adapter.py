@@ -27,10 +27,7 @@ ONTO = ("final", "layer", "normed", "stream", "nothing")
 
 @dataclass(frozen=True)
 class Adapter:
-    """`hidden[layer] @ down @ up + bias`, added to the base's logits or to its head's input.
-
-    One class holds every map of the study: the v1 adapter, lenses, hidden-to-hidden maps and the corrections.
-    """
+    """`hidden[layer] @ down @ up + bias`, added to the base's logits or to its head's input: every map of the study."""
 
     method: str
     layer: int  #: Layer of the base whose hidden state is read
@@ -58,8 +55,8 @@ class Adapter:
     @property
     def num_parameters(self) -> int:
         """Entries of `down`, `up` and `bias`, of the edits too; random features are drawn anew, not stored."""
-        own = self.down.numel() + self.up.numel() + self.bias.numel()
-        return own + sum(edit.num_parameters for edit in self.edits)
+        own = (self.down, self.up, self.bias)
+        return sum(t.numel() for t in own) + sum(edit.num_parameters for edit in self.edits)
 
     @property
     def reads(self) -> tuple[Place, ...]:
@@ -68,7 +65,7 @@ class Adapter:
 
     @property
     def changes(self) -> Place:
-        """What an edit changes: the state of `layer`, or the stream."""
+        """What an edit changes, never before what it reads: the state of `layer`, or the stream."""
         return "stream" if self.onto == "stream" else self.layer
 
     def inputs(self, hidden: Mapping[Place, torch.Tensor]) -> torch.Tensor:
@@ -84,11 +81,7 @@ class Adapter:
         return replace(self, method=method)
 
     def at_rank(self, rank: int) -> Adapter:
-        """The best map of a lower rank in the same metric: the first `rank` factors.
-
-        Raises:
-            ChassisError: rank 0 or below, or above what was fitted.
-        """
+        """The best map of a lower rank in the same metric: the first `rank` factors. ChassisError outside 1..rank."""
         if not (isinstance(rank, int) and 1 <= rank <= self.rank):
             raise ChassisError(f"rank {rank} is outside 1..{self.rank}, the fitted rank of this {self.method} adapter")
         return replace(self, down=self.down[:, :rank], up=self.up[:rank])
@@ -111,13 +104,12 @@ class Adapter:
 
         `plain` saves a product where several adapters are compared: the linear logits of the final states among them.
         """
-        readout, state = base.readout, hidden[self.layer]
-        correction = self.correction(hidden)
+        readout, correction = base.readout, self.correction(hidden)
         if self.onto == "nothing":
             return readout(correction) if self.space == "hidden" else readout.cap(correction)
-        start = hidden[base.num_layers] if self.onto == "final" else state
+        start = hidden[base.num_layers if self.onto == "final" else self.layer]
         if self.onto == "normed" and self.layer != base.num_layers:
-            start = base.final_norm(state)
+            start = base.final_norm(start)
         if self.space == "hidden":
             return readout(start + correction)
         own = plain if plain is not None and self.onto == "final" else readout.linear(start)
@@ -127,10 +119,7 @@ class Adapter:
         """The change of logits as a change of the head's input.
 
         The inverse of the base's head is `pseudo` (least squares over the corrected columns), or `transpose`, which
-        multiplies by the head's rows instead, as experiment 6 did.
-
-        Raises:
-            ChassisError: an unknown `inverse`, or an adapter that changes hidden states already.
+        multiplies by the head's rows instead, as experiment 6 did. ChassisError where it changes hidden states already.
         """
         if self.space == "hidden" or inverse not in ("pseudo", "transpose"):
             raise ChassisError(f"inverse = '{inverse}' of an adapter in {self.space}: logits by pseudo or transpose")
@@ -159,18 +148,16 @@ class Adapter:
     def save(self, folder: str | Path) -> Path:
         """Write `adapter.json` and `adapter.safetensors`; the folder appears complete or not at all.
 
-        Raises:
-            ChassisError: the folder exists and is no adapter, or cannot be written.
+        ChassisError where it exists and is no adapter, or cannot be written.
         """
         folder = Path(folder)
         if folder.exists() and not (folder / "adapter.json").is_file():
             raise ChassisError(f"{folder} exists and is no adapter folder: choose another name")
         tensors, plain = self._written()
-        text = json.dumps({"format": FORMAT} | plain, indent=1) + "\n"
         with replacing(folder) as temporary:
             temporary.mkdir(parents=True)
             save_file(tensors, temporary / "adapter.safetensors")
-            (temporary / "adapter.json").write_text(text)
+            (temporary / "adapter.json").write_text(json.dumps({"format": FORMAT} | plain, indent=1) + "\n")
         return folder
 
     def _written(self) -> tuple[dict[str, torch.Tensor], dict]:
@@ -178,37 +165,29 @@ class Adapter:
         tensors = {k: t.cpu().contiguous() for k, t in vars(self).items() if isinstance(t, torch.Tensor)}
         if self.fitted_on:
             tensors["fitted_on"] = torch.tensor(sorted(self.fitted_on))
+        edits = [edit._written() for edit in self.edits]
+        tensors |= {f"edits.{i}.{k}": t for i, (theirs, _) in enumerate(edits) for k, t in theirs.items()}
         plain = {k: v for k, v in vars(self).items() if isinstance(v, int | str | dict)}
-        plain["features"] = None if self.features is None else asdict(self.features)
-        plain["edits"] = []
-        for i, edit in enumerate(self.edits):
-            theirs, values = edit._written()
-            tensors |= {f"edits.{i}.{name}": tensor for name, tensor in theirs.items()}
-            plain["edits"].append(values)
+        plain |= {"features": self.features and asdict(self.features), "edits": [values for _, values in edits]}
         return tensors, plain
 
     @classmethod
     def _read(cls, plain: dict, tensors: dict[str, torch.Tensor]) -> Adapter:
-        """The way back; raises ValueError, KeyError or TypeError on what `_written` does not write."""
-        own = {name: tensor for name, tensor in tensors.items() if not name.startswith("edits.")}
-        fitted_on = frozenset(own.pop("fitted_on", torch.empty(0, dtype=torch.long)).tolist())
-        features = plain["features"] and Features(**plain["features"])
-        edits = tuple(
-            cls._read(
-                values, {k.removeprefix(f"edits.{i}."): t for k, t in tensors.items() if k.startswith(f"edits.{i}.")}
-            )
-            for i, values in enumerate(plain["edits"])
-        )
-        adapter = cls(**plain | own | {"features": features, "edits": edits, "fitted_on": fitted_on})
-        adapter._check()
-        return adapter
+        """The way back; raises LookupError, TypeError or ChassisError on what `_written` does not write."""
+        below: list[dict[str, torch.Tensor]] = [{} for _ in plain["edits"]]
+        for name in [name for name in tensors if name.startswith("edits.")]:
+            _, number, rest = name.split(".", 2)
+            below[int(number)][rest] = tensors.pop(name)
+        parts = {"edits": tuple(map(cls._read, plain["edits"], below))}
+        parts["fitted_on"] = frozenset(tensors.pop("fitted_on", torch.empty(0, dtype=torch.long)).tolist())
+        parts["features"] = plain["features"] and Features(**plain["features"])
+        return cls(**plain | tensors | parts)._checked("shapes or values")
 
     @classmethod
     def load(cls, folder: str | Path, base: LanguageModel | None = None) -> Adapter:
         """Read the folder that `save` wrote, and refuse it unless it fits the base's head; nothing in it is executed.
 
-        Raises:
-            ChassisError: nothing there, damaged, of an unknown format, or made for another base.
+        ChassisError where nothing is there, or what is damaged, of an unknown format, or made for another base.
         """
         folder = Path(folder)
         try:
@@ -216,32 +195,28 @@ class Adapter:
             tensors = load_file(folder / "adapter.safetensors")
             if (known := plain.pop("format")) == FORMAT:
                 adapter = cls._read(plain, tensors)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, ChassisError) as error:
-            kind = type(error).__name__
-            raise ChassisError(f"{folder} is not a readable adapter folder ({kind}): save it again") from error
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError, ChassisError) as error:
+            unreadable = f"{folder} is not a readable adapter folder ({type(error).__name__})"
+            raise ChassisError(f"{unreadable}: save it again") from error
         if known != FORMAT:
             raise ChassisError(f"{folder} has adapter format {known}, this version reads {FORMAT}: fit it again")
-        if base is not None:
-            adapter.check_base(base)
-        return adapter if base is None else adapter.to(base.device)
+        return adapter if base is None else adapter.check_base(base).to(base.device)
 
-    def _check(self) -> None:
+    def _checked(self, wrong: str) -> Adapter:
         rank, m = self.up.shape
         good = self.down.ndim == 2 and self.down.shape[1] == rank and self.bias.shape == (m,) and self.onto in ONTO
         good = good and isinstance(self.layer, int) and self.layer >= 0
         good = good and (self.columns is None or self.columns.shape == (m,)) and self.space in ("logits", "hidden")
         if not (good and all(torch.isfinite(t).all() for t in (self.down, self.up, self.bias))):
-            raise ValueError("shapes or values")
+            raise ChassisError(wrong)
+        return self
 
-    def check_base(self, base: LanguageModel) -> None:
-        """Refuse a base with another head.
-
-        Raises:
-            ChassisError: naming both.
-        """
-        if self.head_hash != base.head_hash:
-            ours, theirs = f"{self.base_name} (head {self.head_hash})", f"{base.name} (head {base.head_hash})"
-            raise ChassisError(f"this adapter was made for {ours}, not for {theirs}: fit one for this base")
+    def check_base(self, base: LanguageModel) -> Adapter:
+        """Itself, if it was made for this base's head; else ChassisError, naming both."""
+        if self.head_hash == base.head_hash:
+            return self
+        ours, theirs = f"{self.base_name} (head {self.head_hash})", f"{base.name} (head {base.head_hash})"
+        raise ChassisError(f"this adapter was made for {ours}, not for {theirs}: fit one for this base")
 
 
 Method = Callable[..., Adapter]
@@ -267,16 +242,15 @@ def fit(
     Args:
         activations: of base and expert on the training probes; or what `gather` returns, for `ridge`, `rrr` and `v2`.
         method: `v2` (the strongest; see `distill`), `v1` (the study's), `ridge` and `rrr` (difference to base logits,
-            all columns; cut by SVD or in the data's metric), `hidden` (difference of hidden states), `aligned` and
-            `projected` (experiment 2), `lens`.
+            all columns; cut by SVD or in the data's metric), `lens`, or another that an imported module has
+            registered by `@method`.
         rank: of the map; None keeps all, to be cut later by `Adapter.at_rank`.
         layer: of the base, negative from the last.
         lam: ridge penalty on the sum of squares, 1e-3 unless given; `v2` chooses its own, as a share of the rows.
         **options: of the method; `fit` names those that a method does not know.
 
     Raises:
-        ChassisError: unknown method or option, layer not harvested, rank 0 or above the dimension, K above the
-            vocabulary, a singular system, or a map that is not finite.
+        ChassisError: unknown method or option, a layer not harvested, a rank or K out of range, a singular system.
     """
     from . import distill  # noqa: F401  it registers v2, and needs this module
 
@@ -292,29 +266,31 @@ def fit(
     if unknown := ", ".join(sorted({*options} - {*known})):
         raise ChassisError(f"method {method} has no option {unknown}; it takes {', '.join(known) or 'none'}")
     base, expert = activations.base, activations.expert
-    if sums and (options.get("features") or {layer % (base.num_layers + 1), activations.layer} != {base.num_layers}):
-        raise ChassisError("statistics hold what is read, and need the final state: tell gather the features, not fit")
     if expert.readout.softcap != base.readout.softcap:
         raise ChassisError(f"{base.name} and {expert.name} cap their logits differently: no linear map joins them")
     if not sums:
         activations.layer(layer)
+    elif options.get("features") or {layer % (base.num_layers + 1), activations.layer} != {base.num_layers}:
+        raise ChassisError("statistics hold what is read, and need the final state: tell gather the features, not fit")
     lam = 1e-3 if lam is None and method != "v2" else lam
     adapter = function(activations, layer % (base.num_layers + 1), lam, **options)
     probes = activations.probes if sums else (activations.probes,)
     info = {"n": len(activations), "lam": lam, "probes": " + ".join(one.name for one in probes)} | adapter.info
-    info |= {"positions": activations.positions, "base_revision": base.revision}
-    info |= {"expert": expert.name, "expert_revision": expert.revision}
+    info |= {"positions": activations.positions, "expert": expert.name}
+    info |= {"base_revision": base.revision, "expert_revision": expert.revision}
     seen = frozenset().union(*(one.fingerprints for one in probes))
     adapter = replace(adapter, method=method, info=info, fitted_on=seen).to(base.device)
-    try:
-        adapter._check()
-    except ValueError as error:
-        raise ChassisError(f"method {method} gives NaN or infinity at layer {layer}: try a larger lam") from error
+    adapter._checked(f"method {method} gives NaN or infinity at layer {layer}: try a larger lam")
     return adapter if rank is None else adapter.at_rank(rank)
 
 
-def _adapter(a: Activations, layer: int, factors: tuple[torch.Tensor, ...], bias: torch.Tensor, **kind) -> Adapter:
+def assembled(
+    a: Activations | Statistics, layer: int, factors: tuple[torch.Tensor, ...], bias: torch.Tensor, **kind
+) -> Adapter:
+    """What a closed form returns: the factors of `low_rank` and a bias `(m,)`, as an adapter that reads `layer`."""
     down, up, values, bias = (t.float() for t in (*factors, bias))
+    if isinstance(a, Statistics):
+        kind["features"] = a.features
     return Adapter("", layer, down, up, bias, a.base.name, a.base.head_hash, values=values, **kind)
 
 
@@ -343,15 +319,12 @@ def difference(
     """Ridge from a layer's state, or features, to the final states of expert and base side by side.
 
     Both logits are linear in these, so one fit to hidden states serves all columns of the vocabulary (see `heads`).
-
-    Returns:
-        `W (p, expert hidden + hidden)`, its bias, and the statistics used.
+    Returns `W (p, expert hidden + hidden)`, its bias, and the statistics used.
     """
     if isinstance(a, Statistics):
-        gram = a.gram
-    else:
-        x = a.layer(layer) if features is None else features({place: a.layer(place) for place in features.places})
-        gram = Gram.of(x, torch.cat([a.expert_hidden, a.hidden[a.final]], dim=1))
+        return *ridge(gram := a.gram, lam), gram
+    x = a.layer(layer) if features is None else features({place: a.layer(place) for place in features.places})
+    gram = Gram.of(x, torch.cat([a.expert_hidden, a.hidden[a.final]], dim=1))
     return *ridge(gram, lam), gram
 
 
@@ -367,16 +340,12 @@ def column_weights(a: Activations | Statistics) -> torch.Tensor:
     return weights.clamp(min=1e-6 * float(weights.mean()))
 
 
-def _read(a: Activations | Statistics, features: Features | None) -> dict[str, Features | None]:
-    return {"features": a.features if isinstance(a, Statistics) else features}
-
-
 @method("ridge")
 def _ridge(a: Activations, layer: int, lam: float, features: Features | None = None) -> Adapter:
     """Difference to base logits, all columns; lower ranks by plain SVD."""
     weight, bias, _ = difference(a, layer, lam, features)
     both, shift = heads(a)
-    return _adapter(a, layer, low_rank(weight, None, both), bias @ both + shift, **_read(a, features))
+    return assembled(a, layer, low_rank(weight, None, both), bias @ both + shift, features=features)
 
 
 @method("rrr")
@@ -388,7 +357,7 @@ def _rrr(a: Activations, layer: int, lam: float, features: Features | None = Non
         raise ChassisError(f"metric = '{metric}': choose data or kl")
     columns = column_weights(a) if metric == "kl" else None
     factors = low_rank(weight, gram.covariance, both, columns)
-    return _adapter(a, layer, factors, bias @ both + shift, info={"metric": metric}, **_read(a, features))
+    return assembled(a, layer, factors, bias @ both + shift, info={"metric": metric}, features=features)
 
 
 @method("lens")
@@ -396,7 +365,7 @@ def _lens(a: Activations, layer: int, lam: float) -> Adapter:
     """A layer's state straight to the expert's logits, all columns (experiment 3)."""
     head, head_bias = _head(a.expert.readout)
     weight, bias = ridge(Gram.of(a.layer(layer), a.expert_hidden), lam)
-    return _adapter(a, layer, low_rank(weight, None, head), bias @ head + head_bias, onto="nothing")
+    return assembled(a, layer, low_rank(weight, None, head), bias @ head + head_bias, onto="nothing")
 
 
 @method("v1")
@@ -410,11 +379,10 @@ def _v1(a: Activations, layer: int, lam: float, top_k: int | None = None, normed
     top_k = max(1, round(vocab * 2048 / 32000)) if top_k is None else top_k
     if not 1 <= top_k <= vocab:
         raise ChassisError(f"top_k = {top_k} is outside 1..{vocab}, the vocabulary of {base.name}")
+    if (h := x.shape[1]) != base.hidden_size:
+        raise ChassisError(f"layer {layer} of {base.name} has size {h}, its head reads {base.hidden_size}: use rrr")
     lens = _lens(a, layer, lam)
     columns = (lens.down @ lens.up).norm(dim=0).topk(top_k).indices.sort().values
-    h, read = x.shape[1], base.hidden_size
-    if h != read:
-        raise ChassisError(f"layer {layer} of {base.name} has size {h}, its head reads {read}: use rrr")
     onto = "normed" if normed and layer != a.final else "layer"
     own = base.final_norm(x) if onto == "normed" else x
     head, head_bias = (part[..., columns] for part in _head(base.readout))
@@ -423,47 +391,4 @@ def _v1(a: Activations, layer: int, lam: float, top_k: int | None = None, normed
     lens_map = lens.down.double() @ lens.up.double()[:, columns]
     full = weight[:, :h] @ lens_map - weight[:, h:] @ head
     shift = bias[:h] @ lens_map + lens.bias.double()[columns] - bias[h:] @ head - head_bias
-    return _adapter(a, layer, low_rank(full), shift, onto=onto, columns=columns, info={"top_k": top_k})
-
-
-@method("hidden")
-def _hidden(a: Activations, layer: int, lam: float) -> Adapter:
-    """Difference of the hidden states themselves, read by the base's head; lower ranks in the data's metric."""
-    _same_size(a)
-    gram = Gram.of(a.layer(layer), a.expert_hidden - a.hidden[a.final])
-    weight, bias = ridge(gram, lam)
-    return _adapter(a, layer, low_rank(weight, gram.covariance), bias, space="hidden")
-
-
-@method("aligned")
-def _aligned(a: Activations, layer: int, lam: float) -> Adapter:
-    """Ridge from base to expert hidden state, in place of the base's own (experiment 2); lower ranks by SVD."""
-    _same_size(a)
-    weight, bias = ridge(Gram.of(a.layer(layer), a.expert_hidden), lam)
-    return _adapter(a, layer, low_rank(weight), bias, space="hidden", onto="nothing")
-
-
-@method("projected")
-def _projected(a: Activations, layer: int, lam: float, dim: int | None = None, seed: int = 0) -> Adapter:
-    """Both sides projected at random to `dim`, ridge there, lifted back by the transpose (experiment 2).
-
-    `dim` is 256 of 2,048 in the study and the same share here.
-    """
-    _same_size(a)
-    hidden = a.base.hidden_size
-    dim = max(1, hidden // 8) if dim is None else dim
-    if not 1 <= dim <= hidden:
-        raise ChassisError(f"dim = {dim} is outside 1..{hidden}, the hidden size of {a.base.name}")
-    generator = torch.Generator().manual_seed(seed)
-    projection = torch.linalg.qr(torch.randn(hidden, dim, generator=generator, dtype=torch.float64)).Q
-    weight, bias = ridge(Gram.of(a.layer(layer).double() @ projection, a.expert_hidden.double() @ projection), lam)
-    down, up, values = low_rank(weight)
-    lifted = projection @ down, up @ projection.T, values
-    return _adapter(a, layer, lifted, bias @ projection.T, space="hidden", onto="nothing", info={"dim": dim})
-
-
-def _same_size(a: Activations) -> None:
-    ours, theirs = a.base.hidden_size, a.expert_hidden.shape[1]
-    if ours != theirs:
-        sizes = f"{a.base.name} has hidden size {ours}, {a.expert.name} {theirs}"
-        raise ChassisError(f"{sizes}: use a method on logits, as rrr")
+    return assembled(a, layer, low_rank(full), shift, onto=onto, columns=columns, info={"top_k": top_k})

@@ -19,7 +19,7 @@ import papermill
 import yaml
 
 from .errors import ChassisError
-from .records import forget, locked
+from .records import forget, locked, made
 
 PARAMETERS = ("base", "expert", "n_train", "ranks", "layers", "seed", "device", "out_dir")
 _PROFILES = Path("notebooks", "profiles.yml")
@@ -41,12 +41,10 @@ class Profile:
 
 
 def load_profile(name: str, path: str | Path | None = None) -> Profile:
-    """Read the block `name` of a `<project>/notebooks/profiles.yml`.
+    """Read a block of `<project>/notebooks/profiles.yml`, unless given of the project around the working folder.
 
-    Unless given, it is that of the project that the working folder lies in, else of the one this package lies in.
-
-    Raises:
-        ChassisError: no such profile (the message lists them), no profiles file, or one of another layout.
+    Where that is no project, it is the one that this package lies in. ChassisError: no such profile (the message lists
+    them), no profiles file, or one of another layout.
     """
     roots = (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1])
     path = path or next((root / _PROFILES for root in roots if (root / _PROFILES).is_file()), None)
@@ -130,10 +128,7 @@ def run(
 
     A notebook that fails goes to `failed/`, its earlier page and records are removed, and the rest still runs.
     `settings` override the profile's parameters, `out_dir` is the profile's run folder unless given, and with
-    `progress` a line is printed for each.
-
-    Returns:
-        The published notebooks.
+    `progress` a line is printed for each. Returns the published notebooks.
 
     Raises:
         ChassisError: bad input, before anything has run; or the notebooks that failed, after all have.
@@ -168,11 +163,9 @@ def _execute(source: Path, out: Path, values: dict[str, Any], lock: int) -> str 
     options = {"env": os.environ | {"CHASSIS_HEADLESS": "1", "PYTHONPATH": path}, "pass_fds": (lock,), "text": True}
     task = json.dumps([str(source), str(partial), values])
     command = [sys.executable, "-P", str(Path(__file__).with_name("execute.py")), task]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
     try:
-        told = child.communicate()[1]
-        cause = _cause(partial, child.returncode, told)
-        if cause is None:
+        child = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False, **options)
+        if not (cause := _cause(partial, child.returncode, child.stderr)):
             os.replace(partial, final)
             failed.unlink(missing_ok=True)
             return None
@@ -183,9 +176,6 @@ def _execute(source: Path, out: Path, values: dict[str, Any], lock: int) -> str 
             os.replace(partial, failed)
         return cause
     finally:
-        if child.poll() is None:
-            child.terminate()
-            child.wait()
         partial.unlink(missing_ok=True)
 
 
@@ -204,14 +194,10 @@ def _cause(executed: Path, code: int = 0, told: str = "") -> str | None:
 
 
 def build_book(profile: str | Profile) -> Path:
-    """Build the HTML book from executed notebooks.
+    """Build the HTML book from executed notebooks; returns the first page.
 
-    Returns:
-        The first page. The profile `pocket` is built in `_build`, another in `_build/<name>`, where the pages that
-        quote a run quote that profile's.
-
-    Raises:
-        ChassisError: a notebook of the table of contents was not executed or has failed; the build warned.
+    The profile `pocket` is built in `_build`, another in `_build/<name>`, where pages that quote a run quote that one.
+    ChassisError: a notebook of the table of contents was not executed or has failed, or the build warned.
     """
     profile = load_profile(profile) if isinstance(profile, str) else profile
     root, name, toc = profile.root, profile.name, profile.root / "_toc.yml"
@@ -222,11 +208,8 @@ def build_book(profile: str | Profile) -> Path:
     causes = {page.stem: _cause(root / page.with_suffix(".ipynb")) for page in pages}
     if missing := [f"{stem} ({cause})" for stem, cause in causes.items() if cause]:
         raise ChassisError(f"not executed: {', '.join(missing)}; run `chassis run --profile {name}` first")
-    target, table = root, toc
-    if name != "pocket":
-        target = root / "_build" / name
-        target.mkdir(parents=True, exist_ok=True)
-        table = target / "_toc.yml"
+    target = root if name == "pocket" else made(root / "_build" / name)
+    if (table := target / "_toc.yml") != toc:
         table.write_text(text, encoding="utf-8")
     # The package has no `python -m` entry, and the command of that name on PATH may belong to another Python.
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", "."]

@@ -25,7 +25,8 @@ def _setting(text: str) -> tuple[str, Any]:
     return key.strip(), parsed
 
 
-def _parser() -> argparse.ArgumentParser:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 if all went well, 1: bad input or a failed notebook, 2: wrong usage, 130: interrupted."""
     parser = argparse.ArgumentParser(prog="chassis", description=__doc__)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -36,16 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", metavar="DIR", help="write here instead")
     book = commands.add_parser("book", help="build the HTML from executed notebooks")
     book.add_argument("--profile", default="pocket", help="whose results (default: pocket)")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        0 if all went well, 1 for bad input or a failed notebook, 130 if interrupted. Wrong usage exits with 2.
-    """
-    options = _parser().parse_args(argv)
+    options = parser.parse_args(argv)
     try:
         from .batch import build_book, run  # loading takes a second, which a wrong option need not wait for
 

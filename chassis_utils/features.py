@@ -49,11 +49,7 @@ class Features:
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
     def sizes(self, base: LanguageModel) -> list[int]:
-        """How many features each place gives, the random ones last; from one pass over one token.
-
-        Raises:
-            ChassisError: a place that the base does not have.
-        """
+        """How many features each place gives, the random ones last; ChassisError: the base has no such place."""
         for place in self.places:
             base.layer_number(place)
         token = torch.zeros(1, 1, dtype=torch.long)

@@ -33,11 +33,7 @@ def kl(expert_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Mean and the bounds of its t-interval, over seeds.
-
-    Raises:
-        ChassisError: fewer than two values: one seed tells nothing of the spread.
-    """
+    """Mean and the bounds of its t-interval, over seeds: two at least, or ChassisError, as one tells of no spread."""
     if len(values) < 2:
         raise ChassisError(f"an interval over {len(values)} seed: measure at least two")
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
@@ -71,8 +67,7 @@ def evaluate(
     `all`; `all` for real text unless given) or on activations of them already harvested (no forward pass then, unless
     an adapter edits the base on its way or reads a block). The identity is always the bare base: where the base (or its
     states) were edited, `bare` holds activations of the bare one on the same probes, in the same order, harvested if
-    not given. `allow_overlap` accepts prompts that the adapter
-    was fitted on, outside the split `train`.
+    not given. `allow_overlap` accepts prompts that an adapter was fitted on, outside the split `train`.
 
     Returns:
         Columns `base, expert, method, rank, layer, onto, split, probes, n`, `kl` and `kl_identity` (nats, mean over
@@ -81,8 +76,7 @@ def evaluate(
         the text that follows; NaN for last positions), `base_revision, expert_revision`.
 
     Raises:
-        ChassisError: an argument of another kind, an adapter of another base, an adapter's layer not harvested, or a
-            prompt that an adapter was fitted on in a split that is not `train`.
+        ChassisError: an argument of another kind or of other models, a place not harvested, or prompts fitted on.
     """
     for role, model in (("base", base), ("expert", expert)):
         if not hasattr(model, "readout"):
@@ -90,11 +84,10 @@ def evaluate(
     adapters = _several(adapter, Adapter, "adapter", "what fit returns")
     if not (sets := _several(probes, Probes | Activations, "probes", "a probe set or what harvest returns")):
         raise ChassisError("no probes to evaluate on: give at least one set")
-    for one in adapters:
-        one.check_base(base)
     # Adapters with the same edits on the way share a pass; those without any come first, with the identity.
     groups: dict[tuple[str, ...], list[Adapter]] = {(): []}
     for one in adapters:
+        one.check_base(base)
         groups.setdefault(tuple(edit.revision for edit in one.edits), []).append(one)
     rows = []
     for place, given in enumerate(sets):
@@ -102,22 +95,21 @@ def evaluate(
             where = positions or ("all" if given.split == "text" else "last")
             given = harvest(base, expert, given, where, _places(groups[()]), progress=False)
         if given.base is not base or given.expert is not expert:
-            pair = f"{given.base.name} and {given.expert.name}"
-            raise ChassisError(f"these activations are of {pair}: harvest for this pair")
+            raise ChassisError(f"these activations are of {given.base.name} and {given.expert.name}: harvest this pair")
         plain = bare[place] if place < len(bare) else given
         if plain.base.edits:
             plain = harvest(base.bare, expert, given.probes, given.positions, [-1], progress=False)
-        if plain.base.edits or plain.probes.digest != given.probes.digest or len(plain) != len(given):
+        if plain.probes.digest != given.probes.digest or len(plain) != len(given):
             raise ChassisError(f"bare[{place}] is not the bare base on '{given.probes.name}': give the same order")
-        by_adapter: dict[int, dict] = {}
+        found: dict[int, dict] = {}
         for edits, several in groups.items():
             here, wanted = given, _places(several)
             if edits or any(isinstance(place, str) and place not in given.hidden for place in wanted):
                 port = base.edited(*several[0].edits) if edits else base
                 here = harvest(port, expert, given.probes, given.positions, wanted, progress=False)
-            first, *found = _evaluate(here, several, plain.hidden[plain.final], allow_overlap)
-            by_adapter |= dict(zip(map(id, several), found, strict=True)) | {0: by_adapter.get(0, first)}
-        rows += [by_adapter[0], *(by_adapter[id(one)] for one in adapters)]
+            theirs = _evaluate(here, several, plain.hidden[plain.final], allow_overlap)
+            found = dict(zip((0, *map(id, several)), theirs, strict=True)) | found
+        rows += [found[key] for key in (0, *map(id, adapters))]
     return pd.DataFrame(rows)
 
 
@@ -138,10 +130,8 @@ def choose_rank(
 
     `kl`, nats a token on `held_out` (rows that nothing was fitted on): the smallest rank that reaches it. `parameters`
     stored, edits included: the largest rank that needs no more. `latency`, as a share of the base's own time on one
-    full context, edits included, timed here: the largest rank that adds no more.
-
-    Raises:
-        ChassisError: none or several budgets, or one that no rank meets; it says what the nearest tried needs.
+    full context, edits included, timed here: the largest rank that adds no more. ChassisError for none or several
+    budgets, or one that no rank meets; it says what the nearest tried needs.
     """
     budgets = {"kl": kl, "parameters": parameters, "latency": latency}
     given = {name: value for name, value in budgets.items() if value is not None}
@@ -197,8 +187,7 @@ def _latencies(adapter: Adapter, base: LanguageModel, port: LanguageModel) -> di
     for _ in range(10):
         for i, cut in enumerate((Adapter.identity(base), adapter.at_rank(1), adapter)):
             start = time.perf_counter()
-            wanted = [*{*_places([cut]), base.num_layers}]
-            hidden = (port if i else base).states(ids, torch.ones_like(ids), wanted)
+            hidden = (port if i else base).states(ids, torch.ones_like(ids), [*{*_places([cut]), base.num_layers}])
             cut.logits(base, {place: state[0] for place, state in hidden.items()})
             fastest[i] = min(fastest[i], time.perf_counter() - start)
     bare, low, high = fastest
@@ -216,18 +205,17 @@ def _several(given: Any, kind: Any, name: str, wanted: str) -> list[Any]:
 
 def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow_overlap: bool) -> list[dict]:
     base, expert = a.base, a.expert
+    for place in _places(adapters):
+        a.layer(place)
     for adapter in adapters:
-        for place in (adapter.layer, *adapter.reads):
-            a.layer(place)
         seen = adapter.fitted_on & a.probes.fingerprints
         if seen and a.probes.split != "train" and not allow_overlap:
             those = f"{len(seen)} prompts of '{a.probes.name}' ({a.probes.split})"
             advice = "use other prompts, or say allow_overlap=True"
             raise ChassisError(f"{those} were fitted on by this {adapter.method} adapter: {advice}")
     everyone = [Adapter.identity(base), *(x.to(base.device) for x in adapters)]
-    totals = torch.zeros(len(everyone), 2, dtype=torch.float64)
     _, prompt, sizes = a.prompt.unique(return_inverse=True, return_counts=True)
-    by_prompt = torch.zeros(len(everyone), len(sizes), dtype=torch.float64)
+    sums = torch.zeros(len(everyone), 3, len(sizes), dtype=torch.float64)  # KL, agreement, nats of the text, by prompt
     step = max(1, BLOCK // base.vocab_size)
     for start in range(0, len(a), step):
         rows = slice(start, start + step)
@@ -239,27 +227,24 @@ def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow
         for i, adapter in enumerate(everyone):
             here = hidden if i else hidden | {base.num_layers: bare[rows].to(base.device)}
             ours = adapter.logits(base, here, plain if i else None).double().log_softmax(-1)
-            nats = -ours.gather(1, following.clamp(min=0)[:, None])[:, 0][following >= 0].sum()
-            agree = (ours.argmax(-1) == first).sum()
-            totals[i] += torch.stack([agree.double(), nats]).cpu()
-            by_prompt[i].index_add_(0, prompt[rows], (weight * (target - ours)).sum(-1).cpu())
-    n, reference, rows = len(a), float(by_prompt[0].sum()) / len(a), []
-    for adapter, (agree, nats), kls in zip(everyone, totals.tolist(), by_prompt, strict=True):
+            nats = -ours.gather(1, following.clamp(min=0)[:, None])[:, 0].where(following >= 0, 0)
+            each = (weight * (target - ours)).sum(-1), (ours.argmax(-1) == first).double(), nats
+            sums[i].index_add_(1, prompt[rows], torch.stack(each).cpu())
+    n, lost, rows = len(a), sums[0, 0], []
+    if (reference := float(lost.sum()) / n) <= 1e-12:
+        same = f"{base.name} and {expert.name} say the same on '{a.probes.name}'"
+        warnings.warn(f"{same}: there is nothing to recover, and the share is left empty", stacklevel=3)
+        lost = lost * math.nan
+    for adapter, (kls, agree, nats) in zip(everyone, sums, strict=True):
         value, (low, high) = float(kls.sum()) / n, ratio_bounds(kls, sizes)
-        recovered = worst = best = math.nan
-        if reference <= 1e-12 and adapter is everyone[0]:
-            same = f"{base.name} and {expert.name} say the same on '{a.probes.name}'"
-            warnings.warn(f"{same}: there is nothing to recover, and the share is left empty", stacklevel=3)
-        if reference > 1e-12:
-            recovered, (worst, best) = 1 - value / reference, ratio_bounds(kls, by_prompt[0])
+        recovered, (worst, best) = 1 - value / (float(lost.sum()) / n), ratio_bounds(kls, lost)
         row = {"base": base.name, "expert": expert.name, "method": adapter.method}
-        row |= (
-            {"rank": None, "layer": None} if adapter is everyone[0] else {"rank": adapter.rank, "layer": adapter.layer}
-        )
-        row |= {"onto": adapter.onto, "split": a.probes.split, "probes": a.probes.name, "n": n}
+        rank, layer = (None, None) if adapter is everyone[0] else (adapter.rank, adapter.layer)
+        row |= {"rank": rank, "layer": layer, "onto": adapter.onto}
+        row |= {"split": a.probes.split, "probes": a.probes.name, "n": n}
         row |= {"kl": value, "kl_identity": reference, "kl_low": low, "kl_high": high}
         row |= {"recovered": recovered, "recovered_low": 1 - best, "recovered_high": 1 - worst}
-        bits = nats / math.log(2) / a.num_bytes if a.positions == "all" else math.nan
-        row |= {"top1_agreement": agree / n, "bits_per_byte": bits}
+        bits = float(nats.sum()) / math.log(2) / a.num_bytes if a.positions == "all" else math.nan
+        row |= {"top1_agreement": float(agree.sum()) / n, "bits_per_byte": bits}
         rows.append(row | {"base_revision": base.revision, "expert_revision": expert.revision})
     return rows

@@ -1,4 +1,4 @@
-"""Plotly figures in the book: the renderer MyST-NB lacks, and the way a figure travels between pages.
+"""Plotly figures in the book: the renderer MyST-NB lacks, and the scripts of its pages.
 
 The page holds the figure's JSON and nothing else; one `plotly.min.js`, taken from the installed plotly, is
 loaded where a page has a figure. All of it works from `file://`, with no network.
@@ -16,8 +16,7 @@ from typing import Any, ClassVar
 from docutils import nodes
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
-MARK = 'class="chassis-plot"'
-SORTABLE = 'class="dataframe sortable"'
+MARK, SORTABLE = 'class="chassis-plot"', 'class="dataframe sortable"'
 
 
 class PlotlyRenderer:
@@ -54,19 +53,6 @@ def figure_html(figure: dict[str, Any]) -> str:
     )
 
 
-def glue_figure(name: str, figure: Any) -> None:
-    """Store a plotly figure in the running notebook under `name`, for any page to embed; shows nothing.
-
-    `myst_nb.glue` cannot: a plotly figure displays itself, which leaves the stored output empty. And of one page's
-    outputs another page takes only text, HTML and images, so what is stored is the piece of the page.
-    """
-    from IPython.display import display
-
-    prefix = "application/papermill.record/"
-    page = figure_html(json.loads(figure.to_json()))
-    display({f"{prefix}text/html": page}, raw=True, metadata={"scrapbook": {"name": name, "mime_prefix": prefix}})
-
-
 def _add_scripts(app: Any, config: Any) -> None:
     """Put plotly and the scripts that draw figures and sort tables among the site's static files."""
     own = [files("chassis_utils") / name for name in ("figures.js", "tables.js")]
@@ -85,11 +71,9 @@ def _load_scripts(app: Any, page: str, template: str, context: dict[str, Any], d
     # somewhere on the network. The book has no live cells.
     scripts = context["script_files"]
     scripts[:] = [script for script in scripts if "thebe" not in f"{script.filename} {script.attributes.get('body')}"]
-    if MARK in context.get("body", ""):
-        app.add_js_file("plotly.min.js", loading_method="defer")
-        app.add_js_file("figures.js", loading_method="defer")
-    if SORTABLE in context.get("body", ""):
-        app.add_js_file("tables.js", loading_method="defer")
+    for mark, name in ((MARK, "plotly.min.js"), (MARK, "figures.js"), (SORTABLE, "tables.js")):
+        if mark in context.get("body", ""):
+            app.add_js_file(name, loading_method="defer")
 
 
 def setup(app: Any) -> dict[str, bool]:

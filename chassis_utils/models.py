@@ -7,20 +7,23 @@ import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from .errors import ChassisError
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
 
 POCKET = Path(__file__).parent / "pocket"
 
@@ -67,27 +70,6 @@ class Readout:
         return self.cap(self.linear(hidden))
 
 
-class Edit(Protocol):
-    """A change of the residual stream at one layer; an `Adapter` in hidden space is one."""
-
-    layer: int
-
-    @property
-    def revision(self) -> str:
-        """Hash of what it does."""
-
-    @property
-    def reads(self) -> tuple[Place, ...]:
-        """Places that it reads, none of them behind the one it changes."""
-
-    @property
-    def changes(self) -> Place:
-        """The place that it changes: its layer, or `stream`."""
-
-    def correction(self, hidden: Mapping[Place, torch.Tensor]) -> torch.Tensor:
-        """What is added to the states `(..., hidden)` of its layer, from what is found at the places it reads."""
-
-
 class _Arrived(Exception):
     """The pass has come as deep as it was asked to."""
 
@@ -104,55 +86,48 @@ class LanguageModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     readout: Readout = field(init=False, repr=False)
-    edits: tuple[Edit, ...] = ()  #: Changes on the way through, put there by `edited`
+    num_layers: int = field(init=False)  #: Number of blocks; also the number of the final layer
+    context: int = field(init=False)  #: Longest prompt, in tokens (2,048 where the config does not say)
+    #: Whether a beginning can be run once and shared; recurrent models (Mamba) keep a state of another kind
+    keeps_cache: bool = field(init=False)
+    edits: tuple[Adapter, ...] = ()  #: Changes on the way through, in hidden space, put there by `edited`
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
         self.backbone = self.model.base_model
         self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
         self.readout = _readout(self.model, len(self.tokenizer))
+        config = self.model.config.get_text_config()
+        self.num_layers = config.num_hidden_layers
+        self.context = getattr(config, "max_position_embeddings", None) or 2048
+        self.keeps_cache = not getattr(self.model, "_is_stateful", False)
         self._check_readout()
 
-    def edited(self, *edits: Edit) -> LanguageModel:
+    def edited(self, *edits: Adapter) -> LanguageModel:
         """The same weights with the residual stream changed on its way: an edit at layer l flows through l+1..L.
 
-        Edits at one layer act in the order given, after those that are there already.
-
-        Raises:
-            ChassisError: a layer that does not exist, or blocks that cannot be found in this architecture.
+        Edits at one layer act in the order given, after those that are there already. ChassisError for a layer that
+        does not exist, or blocks that cannot be found in this architecture.
         """
         if any(self.layer_number(edit.layer) < self.num_layers for edit in edits):
             self._blocks()
-        return self._with((*self.edits, *edits))
+        twin = copy.copy(self)
+        twin.edits, twin._bare = (*self.edits, *edits), self.bare
+        twin.__dict__.pop("revision", None)  # kept from the time before, for other edits
+        return twin
 
     @property
     def bare(self) -> LanguageModel:
         """The model without its edits; itself where there are none."""
-        return self._with(()) if self.edits else self
-
-    def _with(self, edits: tuple[Edit, ...]) -> LanguageModel:
-        twin = copy.copy(self)
-        twin.edits = edits
-        twin.__dict__.pop("revision", None)  # kept from the time before, for other edits
-        return twin
+        return self._bare if self.edits else self
 
     def layer_number(self, layer: Place) -> Place:
-        """A layer counted from 0, negative numbers from the last; another place stays what it is.
-
-        Raises:
-            ChassisError: there is no such layer or block.
-        """
-        if isinstance(layer, str):
-            names = [f"block {number}" for number in range(self.num_layers)]
-            if layer in (*names, "stream"):
-                return layer
-            raise ChassisError(
-                f"no place '{layer}' in {self.name}: it has {names[0]} to {names[-1]}, stream, and layers"
-            )
-        number = layer + self.num_layers + 1 if layer < 0 else layer
-        if not 0 <= number <= self.num_layers:
-            there = f"{self.name} has 0 (embedding) to {self.num_layers} (final)"
-            raise ChassisError(f"layer {layer} does not exist: {there}")
+        """A layer counted from 0, negative ones from the last; another place as it is. ChassisError: there is none."""
+        final = self.num_layers
+        number = layer + final + 1 if not isinstance(layer, str) and layer < 0 else layer
+        if number not in (*range(final + 1), *(f"block {block}" for block in range(final)), "stream"):
+            there = f"0 (embedding) to {final} (final), block 0 to block {final - 1}, and stream"
+            raise ChassisError(f"layer {layer} does not exist: {self.name} has {there}")
         return number
 
     def _blocks(self) -> torch.nn.ModuleList:
@@ -160,27 +135,24 @@ class LanguageModel:
         for module in self.backbone.modules():
             if isinstance(module, torch.nn.ModuleList) and len(module) == self.num_layers:
                 return module
-        missing = f"no list of {self.num_layers} blocks found in {type(self.backbone).__name__}"
-        advice = "nothing can be changed on the way through; tell us with the output of print(model.model)"
-        raise ChassisError(f"{self.name}: {missing}, so {advice}")
+        missing = f"{self.name}: no list of {self.num_layers} blocks found in {type(self.backbone).__name__}"
+        raise ChassisError(f"{missing}: nothing can be changed on its way; tell us, with print(model.model)")
 
     @contextmanager
     def _on_the_way(self, wanted: Sequence[Place], depth: int) -> Iterator[dict[Place, torch.Tensor]]:
-        """The pass with its edits; gives the dictionary in which the wanted places are noted as the pass goes on.
+        """The pass with its edits, up to block `depth`; gives the dictionary that places are noted in on its way.
 
         Every edit below the final layer is hooked to the block that reads its layer, after what it reads is known.
-        The pass ends before block `depth`.
         """
         seen: dict[Place, torch.Tensor] = {}
         inputs: dict[int, list[torch.Tensor]] = {}
-        edits = [edit for edit in self.edits if edit.changes != self.num_layers]
         places = {*wanted, *(place for edit in self.edits for place in (edit.changes, *edit.reads)), depth}
 
         def enter(number: Place, _: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             # The state is the first argument, by place or by name.
             state = args[0] if args else kwargs["hidden_states"]
             seen[number] = state.float()
-            here = [edit for edit in edits if edit.changes == number]
+            here = [edit for edit in self.edits if edit.changes == number]
             for edit in here:
                 seen[number] = seen[number] + edit.correction(seen)
             if number == depth:
@@ -203,17 +175,14 @@ class LanguageModel:
         blocks = {int(place.split()[1]) for place in places if isinstance(place, str) and place != "stream"}
         layers = {place for place in places if isinstance(place, int) and place < self.num_layers}
         with ExitStack() as stack:
-            if "stream" in places:
-                hook = self._norm().register_forward_pre_hook(partial(enter, "stream"), with_kwargs=True)
-                stack.callback(hook.remove)
-            for number in sorted(layers | blocks):
-                block = self._blocks()[number]
-                stack.callback(block.register_forward_pre_hook(partial(enter, number), with_kwargs=True).remove)
+            for number in (*sorted(layers | blocks), *places & {"stream"}):
+                block = self._norm() if number == "stream" else self._blocks()[number]
+                stack.enter_context(block.register_forward_pre_hook(partial(enter, number), with_kwargs=True))
                 if number in blocks:
                     for part in block.modules():
                         if isinstance(part, torch.nn.Linear | Conv1D):
-                            stack.callback(part.register_forward_pre_hook(partial(linear, number)).remove)
-                    stack.callback(block.register_forward_hook(partial(leave, number)).remove)
+                            stack.enter_context(part.register_forward_pre_hook(partial(linear, number)))
+                    stack.enter_context(block.register_forward_hook(partial(leave, number)))
             yield seen
 
     @property
@@ -227,24 +196,9 @@ class LanguageModel:
         return self.readout.weight.shape[1]
 
     @property
-    def num_layers(self) -> int:
-        """Number of blocks; also the number of the final layer."""
-        return self.model.config.get_text_config().num_hidden_layers
-
-    @property
     def vocab_size(self) -> int:
         """Tokens that the readout covers."""
         return self.readout.vocab_size
-
-    @property
-    def context(self) -> int:
-        """Longest prompt, in tokens (2,048 where the config does not say)."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2048
-
-    @property
-    def keeps_cache(self) -> bool:
-        """Whether a beginning can be run once and shared; recurrent models (Mamba) keep a state of another kind."""
-        return not getattr(self.model, "_is_stateful", False)
 
     @cached_property
     def head_hash(self) -> str:
@@ -254,14 +208,12 @@ class LanguageModel:
     @cached_property
     def tokenizer_hash(self) -> str:
         """Hash of all that decides a fast tokenizer's ids; of a slow one, the token-to-id table alone."""
+        table = self.tokenizer.get_vocab()
         if getattr(self.tokenizer, "is_fast", False):
             # Without what the last call left there, and the way back to text.
-            other = ("version", "truncation", "padding", "decoder")
-            table = json.loads(self.tokenizer.backend_tokenizer.to_str())
-            table = {k: v for k, v in table.items() if k not in other}
+            left = dict.fromkeys(("version", "truncation", "padding", "decoder"))
+            table = json.loads(self.tokenizer.backend_tokenizer.to_str()) | left
             table["split_special_tokens"] = getattr(self.tokenizer, "split_special_tokens", False)
-        else:
-            table = self.tokenizer.get_vocab()
         return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property
@@ -271,8 +223,7 @@ class LanguageModel:
         for key, tensor in self.model.state_dict().items():
             sample = tensor.flatten()[:: max(1, tensor.numel() // 4096)]
             digest.update(f"{key}{tuple(tensor.shape)}".encode() + sample.float().cpu().numpy().tobytes())
-        for edit in self.edits:
-            digest.update(edit.revision.encode())
+        digest.update("".join(edit.revision for edit in self.edits).encode())
         return digest.hexdigest()[:16]
 
     def states(
@@ -285,19 +236,12 @@ class LanguageModel:
     ) -> dict[Place, torch.Tensor]:
         """Hidden states of a padded batch, one forward pass with its edits, without the head, no deeper than asked for.
 
-        Args:
-            input_ids: `(batch, length)`.
-            mask: `(batch, length)`, 1 at real tokens; padding may be on either side.
-            layers: which layers, and `block b` for the inputs of the linear maps of block b; None is the final layer.
-            prefix: ids that come before every row; run once, for the whole batch.
-            grad: keep what a gradient needs.
-
-        Returns:
-            place -> `(batch, length, hidden)`, float32, after the edits of that layer.
+        `input_ids` and `mask`, 1 at real tokens, are `(batch, length)`, padded on either side; `layers` any places, or
+        None, the final; the ids of `prefix` come before every row and are run once; `grad` keeps what a gradient needs.
+        Returns place -> `(batch, length, size)`, float32, after the edits there.
         """
         layers = [self.num_layers] if layers is None else list(layers)
         input_ids, mask = input_ids.to(self.device), mask.to(self.device)
-        inner = [layer for layer in layers if isinstance(layer, int) and layer != self.num_layers]
         # A block's inputs are known when the next block begins. What begins all rows is run to its end.
         whole_way = prefix or "stream" in layers
         depth = self.num_layers if whole_way else max(p if isinstance(p, int) else int(p[6:]) + 1 for p in layers)
@@ -307,41 +251,32 @@ class LanguageModel:
             options["position_ids"] = (whole.cumsum(1) - 1).clamp(min=0)[:, len(prefix) :]
         hooked = self.edits or depth < self.num_layers or any(isinstance(place, str) for place in layers)
         notes = self._on_the_way(layers, depth) if hooked else nullcontext({})
+        plain = not hooked and {*layers} != {self.num_layers}
         with torch.inference_mode(not grad), notes as seen:
             if prefix:
                 first = torch.tensor([list(prefix)], device=self.device)
                 options["past_key_values"] = self.backbone(input_ids=first, use_cache=True).past_key_values
                 options["past_key_values"].batch_repeat_interleave(len(input_ids))
             try:
-                plain = bool(inner) and not hooked
                 out = self.backbone(input_ids=input_ids, output_hidden_states=plain, **options)
             except _Arrived:
                 return {place: seen[place] for place in layers}
             seen[self.num_layers] = out.last_hidden_state.float()
             for edit in (edit for edit in self.edits if edit.changes == self.num_layers):
                 seen[edit.layer] = seen[edit.layer] + edit.correction(seen)
-        if plain:
-            every = out.hidden_states
-            if every is None or len(every) != self.num_layers + 1:
-                raise ChassisError(f"{self.name}: this architecture does not give one hidden state a layer")
-            seen |= {layer: every[layer].float() for layer in inner}
-        return {place: seen[place] for place in layers}
+        if plain and len(out.hidden_states or ()) != self.num_layers + 1:
+            raise ChassisError(f"{self.name}: this architecture does not give one hidden state a layer")
+        return {place: seen[place] if place in seen else out.hidden_states[place].float() for place in layers}
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The model's own final norm, `(n, hidden)` to `(n, hidden)`.
-
-        Raises:
-            ChassisError: the norm was not found in this architecture.
-        """
-        norm = self._norm()
+        """The model's own final norm, `(n, hidden)` to `(n, hidden)`; ChassisError where none is found."""
         with torch.inference_mode():
-            return norm(hidden.to(self.device, self.model.dtype)).float().to(hidden.device)
+            return self._norm()(hidden.to(self.device, self.model.dtype)).float().to(hidden.device)
 
     def _norm(self) -> torch.nn.Module:
-        for holder in (self.backbone, getattr(self.backbone, "decoder", None)):
-            for norm in (getattr(holder, name, None) for name in _NORM_NAMES):
-                if isinstance(norm, torch.nn.Module):
-                    return norm
+        for name in (f"{holder}{name}" for holder in ("", "decoder.") for name in _NORM_NAMES):
+            with suppress(AttributeError):
+                return self.backbone.get_submodule(name)
         raise ChassisError(f"{self.name}: no final norm found under any of {', '.join(_NORM_NAMES)}")
 
     def _check_readout(self) -> None:
@@ -356,15 +291,14 @@ class LanguageModel:
             raise ChassisError(f"{self.name}: NaN or infinity on plain tokens: damaged weights, or try dtype float32")
         gap = float((ours - own).abs().max() / own.abs().max().clamp(min=1e-6))
         if not gap < (1e-4 if self.model.dtype == torch.float32 else 3e-2):
-            wrong = f"head(final hidden state) is not the model's logits (relative gap {gap:.1e})"
-            cause = f"{type(self.model).__name__} does something after its head that is not known here"
-            raise ChassisError(f"{self.name}: {wrong}; {cause}")
+            wrong = f"{self.name}: head(final hidden state) is not the model's logits (relative gap {gap:.1e})"
+            raise ChassisError(f"{wrong}; {type(self.model).__name__} does more after its head than is known here")
 
 
 def _readout(model: PreTrainedModel, tokens: int) -> Readout:
     """Head, scale and cap as the config states them; whether that is all is checked afterwards."""
     head = model.get_output_embeddings()
-    if head is None or not isinstance(getattr(head, "weight", None), torch.Tensor):
+    if not isinstance(getattr(head, "weight", None), torch.Tensor):
         raise ChassisError(f"{type(model).__name__} has no linear head to read logits with")
     config = model.config.get_text_config()
     # Cohere multiplies its logits, Granite divides them.
@@ -395,8 +329,8 @@ def _source(name: str) -> str:
         return str(folder)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
-    known = f"bundled are {', '.join(bundled())}; or give a folder or hub id"
-    raise ChassisError(f"no model '{name}' and no such folder: {known}")
+    known = f"bundled are {', '.join(bundled())}"
+    raise ChassisError(f"no model '{name}' and no such folder: {known}; or give a folder or hub id")
 
 
 def load(
@@ -407,21 +341,14 @@ def load(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> LanguageModel:
-    """Load a model and its tokenizer; the same code for bundled, local and hub models.
+    """Load a model and its tokenizer, frozen, its readout checked against the model's own logits.
 
-    Args:
-        name: bundled name (`pocket-base`, ...), model folder, or hub id (`org/name`).
-        revision: branch, tag or commit of a hub model.
-        device: `auto` (a GPU if there is one), or any torch device.
-        dtype: of the weights; float32 on CPU and the model's own on a GPU unless given.
-        trust_remote_code: run code that comes with the model.
-
-    Returns:
-        A frozen `LanguageModel` whose readout has been checked against the model's own logits.
+    `name` is a bundled name (`pocket-base`, ...), a model folder, or a hub id (`org/name`), of which `revision` is a
+    branch, tag or commit. `device` is `auto` (a GPU if there is one) or any of torch's; `dtype`, of the weights, is
+    float32 on CPU and the model's own on a GPU unless given. `trust_remote_code` runs code that comes with the model.
 
     Raises:
-        ChassisError: unknown name, hub out of reach, tokenizer or weights missing, or a head that does
-            something after the linear map which is not known here.
+        ChassisError: unknown name, hub out of reach, tokenizer or weights missing, or a head that is not understood.
     """
     source = _source(str(name))
     if device == "auto":
@@ -436,27 +363,23 @@ def load(
         # What transformers would warn about (missing weights, wrong sizes) is raised below; the rest is noise here.
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        config = AutoConfig.from_pretrained(source, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        options |= {"config": config, "dtype": dtype or (torch.float32 if device == "cpu" else "auto")}
+        options |= {"dtype": dtype or (torch.float32 if device == "cpu" else "auto")}
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = f"{name}: the folder could not be loaded ({' '.join(str(error).split())[:160]})"
         if not Path(source).is_dir():
-            reason = f"{name} is not on this machine and the hub gave nothing ({type(error).__name__}): "
-            reason += "check the id and the network, or give a local folder"
+            missing = f"{name} is not on this machine and the hub gave nothing ({type(error).__name__})"
+            reason = f"{missing}: check the id and the network, or give a local folder"
         raise ChassisError(reason) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    if info["mismatched_keys"]:
-        key, *shapes = sorted(info["mismatched_keys"])[0]
-        found, wanted = map(tuple, shapes)
+    if odd := sorted(info["mismatched_keys"]):
+        key, found, wanted = odd[0][0], *map(tuple, odd[0][1:])
         raise ChassisError(f"{name}: {key} has shape {found}, its config says {wanted}: get the whole folder")
-    if missing := sorted(info["missing_keys"]):
-        count, first = len(missing), missing[0]
-        raise ChassisError(f"{name}: {count} weights are missing, the first is {first}: get the whole folder")
+    if lost := sorted(info["missing_keys"]):
+        raise ChassisError(f"{name}: {len(lost)} weights are missing, the first is {lost[0]}: get the whole folder")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        unusable = "the tokenizer has more entries than the embedding; texts that use them fail"
-        warnings.warn(f"{name}: {unusable}", stacklevel=2)
+        warnings.warn(f"{name}: the tokenizer has more entries than the embedding; texts with them fail", stacklevel=2)
     return LanguageModel(str(name), model.to(device), tokenizer)

@@ -18,8 +18,8 @@ from .records import SPLITS
 
 TEXTS = Path(__file__).parent / "texts"
 
-#: First number of each split of the numbered templates (the study's own).
-STARTS = {"train": 0, "val": 5000, "test": 8000}
+#: Numbers of each split of the numbered templates: they begin where the study's do, and `test` has no end.
+NUMBERS = {"train": range(5000), "val": range(5000, 8000), "test": range(8000, 10**9)}
 
 #: name -> templates, used in turn: prompt number i takes template i % len.
 TEMPLATES: dict[str, tuple[Callable[[int], str], ...]] = {
@@ -88,22 +88,18 @@ def probe_set(name: str, split: str = "train", n: int | None = None) -> Probes:
     It is a template set (`mixed`, `math`, `physics`, `unseen`, `numerals`, `languages`, `single`) or a bundled text
     (`prose`, `math-text`, `verse`). In the splits `train`, `val` and `test` templates are numbered from 0, 5,000 and
     8,000 as in the study; of the passages of a text, number 3 of every 5 is `val`, number 4 is `test`. Unless n says
-    how many, there are 4,096 (train) or 512 of a template set, and all of a text.
-
-    Raises:
-        ChassisError: unknown name or split, or n outside what the split holds.
+    how many, there are 4,096 (train) or 512 of a template set, and all of a text. ChassisError for an unknown name or
+    split, or n outside what the split holds.
     """
-    if split not in STARTS:
+    if split not in NUMBERS:
         raise ChassisError(f"no split '{split}': choose train, val or test")
     if name in TEMPLATES:
-        templates, start = TEMPLATES[name], STARTS[split]
-        end = min((s for s in STARTS.values() if s > start), default=None)
+        templates, numbers = TEMPLATES[name], NUMBERS[split]
         n = (1 if name == "single" else 4096 if split == "train" else 512) if n is None else n
-        if n < 1 or (end is not None and start + n > end):
-            holds = end - start if end else "any"
-            raise ChassisError(f"n = {n} does not fit split {split} of '{name}': it holds {holds}")
+        if not 1 <= n <= len(numbers):
+            raise ChassisError(f"n = {n} does not fit split {split} of '{name}': it holds {len(numbers)}")
         label = "template" if name in ("unseen", "numerals", "languages", "single") else split
-        return Probes(name, label, tuple(templates[i % len(templates)](i) for i in range(start, start + n)))
+        return Probes(name, label, tuple(templates[i % len(templates)](i) for i in numbers[:n]))
     file = TEXTS / f"{name.removesuffix('-text')}.txt"
     if not file.is_file():
         texts = sorted("math-text" if p.stem == "math" else p.stem for p in TEXTS.glob("*.txt"))
@@ -112,11 +108,7 @@ def probe_set(name: str, split: str = "train", n: int | None = None) -> Probes:
 
 
 def passages(name: str, texts: Sequence[str], split: str, n: int | None = None) -> Probes:
-    """Passages of real text as probes, to be harvested at every position; splits as in `probe_set`.
-
-    Raises:
-        ChassisError: the split holds fewer than n passages, or none.
-    """
+    """Passages of real text as probes, to be harvested at every position; splits and ChassisError as in `probe_set`."""
     chosen = [t.strip() for i, t in enumerate(texts) if {3: "val", 4: "test"}.get(i % 5, "train") == split]
     if n is not None and not 1 <= n <= len(chosen):
         raise ChassisError(f"n = {n} does not fit split {split} of '{name}': it holds {len(chosen)} passages")
@@ -127,14 +119,12 @@ def written(expert: LanguageModel, n: int, split: str = "train", length: int = 2
     """Passages (n) that the expert writes itself, of at most `length` tokens, sampled at temperature 1 from nothing.
 
     Where there is no corpus of its domain, this is one: the tokens on which its own distribution counts. The same seed
-    gives the same passages on the same machine; another split draws others.
-
-    Raises:
-        ChassisError: n or length below 1, an unknown split, or a tokenizer without a beginning-of-text token.
+    gives the same passages on the same machine; another split draws others. ChassisError for n below 1, a length that
+    does not fit, an unknown split, or a tokenizer without a beginning-of-text token.
     """
     start, context = expert.tokenizer.bos_token_id, expert.context
-    if n < 1 or not 2 <= length <= context or split not in STARTS:
-        known = f"n >= 1, length 2..{context}, split {', '.join(STARTS)}"
+    if n < 1 or not 2 <= length <= context or split not in NUMBERS:
+        known = f"n >= 1, length 2..{context}, split {', '.join(NUMBERS)}"
         raise ChassisError(f"nothing can be written with n = {n}, length = {length}, split '{split}': give {known}")
     if start is None:
         raise ChassisError(f"{expert.name} has no beginning-of-text token to start from: bring your own passages")
@@ -144,7 +134,7 @@ def written(expert: LanguageModel, n: int, split: str = "train", length: int = 2
     ends = {"eos_token_id": model.generation_config.eos_token_id, "pad_token_id": tokenizer.pad_token_id or start}
     model.generation_config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=length - 1, **ends)
     with torch.random.fork_rng(devices=[expert.device] if expert.device.type == "cuda" else []):
-        torch.manual_seed(seed + STARTS[split])
+        torch.manual_seed(seed + NUMBERS[split].start)
         while len(texts) < n:
             ids = model.generate(begin.to(expert.device), attention_mask=torch.ones_like(begin).to(expert.device))
             # Rows of the head beyond the tokenizer stand for no token.

@@ -23,10 +23,8 @@ from safetensors import SafetensorError
 from . import __version__
 from .errors import ChassisError
 
-FIELDS = tuple(
-    "experiment notebook base expert method rank layer split probes metric value seed n reported".split()
-    + "low high git versions revision time".split()
-)
+FIELDS = tuple("experiment notebook base expert method rank layer split probes metric value seed n reported".split())
+FIELDS += ("low", "high", "git", "versions", "revision", "time")
 METRICS = tuple("kl recovered top1_agreement bits_per_byte coverage undecided total_variation seconds ratio".split())
 SPLITS = ("train", "val", "test", "template", "text")
 #: In the order of the book, with claim and rule where a verdict is made; a name not here comes after, by alphabet.
@@ -36,20 +34,30 @@ _INTEGERS = ("rank", "layer", "seed", "n")
 _FLOATS = ("value", "reported", "low", "high")
 #: What tells one measurement from another.
 _NAMES = tuple(f for f in FIELDS[:13] if f != "value")
-#: What tells one row of `results_table` from another, and its columns.
-_POINT = tuple("experiment base expert method rank layer split probes n seed".split())
-TABLE = (*_POINT, "reported", "kl", "kl_low", "kl_high", "identity", "recovered", "recovered_low", "recovered_high")
-TABLE += ("top1_agreement", "bits_per_byte")
+
+
+@contextmanager
+def _writing(path: str | Path) -> Iterator[None]:
+    """Say in one line that nothing can be written to a path."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ChassisError(f"cannot write to {path} ({reason}): choose another folder, or make room") from error
+
+
+def made(folder: str | Path) -> Path:
+    """A folder, made with those above it if it is not there; ChassisError where that cannot be."""
+    with _writing(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)
 
 
 @contextmanager
 def locked(path: Path, busy: str | None = None) -> Iterator[int]:
     """Hold the lock file `path`; wait for it, or with `busy` refuse with that message. Yields its descriptor."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(made(path.parent)):
         handle = path.open("a")
-    except OSError as error:
-        raise ChassisError(f"cannot write to {path.parent} ({error.strerror}): choose another folder") from error
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
@@ -61,14 +69,12 @@ def locked(path: Path, busy: str | None = None) -> Iterator[int]:
 @cache
 def provenance() -> dict[str, Any]:
     """`git` revision of this package ("-dirty" if edited, None outside a repository) and `versions`."""
-    folder = Path(__file__).parent
-    try:
+    folder, git = Path(__file__).parent, None
+    with suppress(OSError, subprocess.CalledProcessError):
         # A package installed inside someone else's repository must not claim that repository's revision.
         for words in ("ls-files --error-unmatch records.py", "describe --always --dirty --abbrev=40 --exclude=*"):
             told = subprocess.run(["git", *words.split()], cwd=folder, capture_output=True, text=True, check=True)
         git = told.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        git = None
     packages = {name: version(name) for name in ("torch", "transformers")} | {"chassis_utils": __version__}
     return {"git": git, "versions": {"python": platform.python_version(), **packages}}
 
@@ -86,10 +92,9 @@ def _number(name: str, value: Any, row: dict[str, Any]) -> int | float | None:
     """A plain finite number from a Python, numpy or torch scalar; a count must be whole, only `value` must be there."""
     if name != "value" and _missing(value):
         return None
-    try:
+    number = math.nan
+    with suppress(TypeError, ValueError, RuntimeError):
         number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        number = math.nan
     if not math.isfinite(number) or (name in _INTEGERS and number % 1):
         kind = "whole" if name in _INTEGERS else "finite"
         raise ChassisError(f"{name} is not a {kind} number ({value!r}): mend or leave out the row {_label(row)}")
@@ -105,14 +110,11 @@ def _read(path: Path) -> list[dict[str, Any]]:
     """Rows of a records file, or ChassisError."""
     if not path.is_file():
         raise ChassisError(f"no records at {path}: run `chassis run` first")
-    try:
+    with suppress(ValueError, AttributeError):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        known = all(row.keys() == set(FIELDS) for row in rows)
-    except (ValueError, AttributeError):
-        known = False
-    if not known:
-        raise ChassisError(f"{path} is half-written or by another version: delete it and `chassis run` again")
-    return rows
+        if all(row.keys() == {*FIELDS} for row in rows):
+            return rows
+    raise ChassisError(f"{path} is half-written or by another version: delete it and `chassis run` again")
 
 
 def _rewrite(path: Path, dropped: Callable[[dict[str, Any]], bool], added: Iterable[dict[str, Any]] = ()) -> None:
@@ -129,23 +131,19 @@ def _rewrite(path: Path, dropped: Callable[[dict[str, Any]], bool], added: Itera
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a name to write a file or a folder to, which then takes the place of `path`.
 
-    Whoever reads meanwhile sees the old one or the new one whole; what cannot be written leaves the old one.
-
-    Raises:
-        ChassisError: no room, no permission, or no such place.
+    Whoever reads meanwhile sees the old one or the new one whole. What cannot be written raises ChassisError and leaves
+    the old one.
     """
     final = Path(os.path.realpath(path))
     temporary, aside = (final.with_name(f".{final.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     _remove(temporary, aside)
     try:
-        yield temporary
-        if temporary.is_dir() and final.is_dir():
-            # One rename cannot replace a folder: the old one waits beside it until the new one is there.
-            os.replace(final, aside)
-        os.replace(temporary, final)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ChassisError(f"cannot write {path} ({reason}): choose another folder, or make room") from error
+        with _writing(path):
+            yield temporary
+            if temporary.is_dir() and final.is_dir():
+                # One rename cannot replace a folder: the old one waits beside it until the new one is there.
+                os.replace(final, aside)
+            os.replace(temporary, final)
     finally:
         if aside.exists() and not final.exists():
             os.replace(aside, final)
@@ -167,52 +165,9 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def read_records(path_or_dir: str | Path) -> pd.DataFrame:
-    """All rows of a run, columns `FIELDS`, from its folder or its `results.jsonl`.
-
-    Raises:
-        ChassisError: the file is missing, half-written or of another layout.
-    """
+    """All rows of a run, columns `FIELDS`, from its folder or its `results.jsonl`; ChassisError if it is not whole."""
     path = Path(path_or_dir)
     return _frame(_read(path if path.suffix == ".jsonl" else path / FILE))
-
-
-def results_table(records: str | Path | pd.DataFrame) -> pd.DataFrame:
-    """One row a measurement point, in the order of the book: every figure that belongs to one KL, side by side.
-
-    Args:
-        records: run folder, records file, or the frame of `read_records`.
-
-    Returns:
-        Columns `TABLE`: what names the point, `reported` (the study's KL), `kl` (nats) and `recovered` with their
-        intervals, `top1_agreement`, `bits_per_byte`, and `identity`, the KL of the bare base on the same probes.
-
-    Raises:
-        ChassisError: the records cannot be read.
-    """
-    rows = records if isinstance(records, pd.DataFrame) else read_records(records)
-    table = rows.loc[rows["metric"].isin(METRICS[:4]), list(_POINT)].drop_duplicates()
-    for metric in METRICS[:4]:
-        bounds = {end: f"{metric}_{end}" for end in ("low", "high")}
-        of = rows[rows["metric"] == metric].rename(columns={"value": metric} | bounds)
-        figures = [metric, *bounds.values(), *(["reported"] if metric == "kl" else [])]
-        table = table.merge(of[[*_POINT, *figures]], how="left")
-    bare = table[table["method"] == "identity"].rename(columns={"kl": "identity"})
-    same = ["experiment", "base", "expert", "split", "probes"]
-    return table.merge(bare[[*same, "identity"]].drop_duplicates(same), how="left")[list(TABLE)]
-
-
-def write_table(out_dir: str | Path) -> pd.DataFrame:
-    """Write `results_table` of a run beside its records and return it.
-
-    `results.csv` holds every digit, `results.tex` four: a longtable for `booktabs`, wide enough for a landscape page.
-    """
-    folder, table = Path(out_dir), results_table(out_dir)
-    figures = dict.fromkeys(table.select_dtypes("float").columns, "{:.4g}")
-    style = table.style.hide().format(figures, escape="latex", na_rep="--").format_index(escape="latex", axis=1)
-    with locked(folder / ".results.lock"):
-        replace_text(folder / "results.csv", table.to_csv(index=False))
-        replace_text(folder / "results.tex", style.to_latex(environment="longtable", hrules=True))
-    return table
 
 
 def forget(out_dir: str | Path, notebook: str) -> None:
@@ -237,8 +192,7 @@ class Records:
     def add(self, *, metric: str, value: Any, method: str, **fields: Any) -> None:
         """Add one measurement; `fields` (`split`, `rank`, `layer`, `n`, `reported`, ...) override the defaults.
 
-        Raises:
-            ChassisError: unknown field, metric or split; a figure that is not a finite number.
+        ChassisError for an unknown field, metric or split, or a figure that is not a finite number.
         """
         row = self._defaults | fields | {"metric": metric, "value": value, "method": method}
         if unknown := sorted(set(row) - set(FIELDS)):
@@ -253,9 +207,7 @@ class Records:
     def add_frame(self, frame: pd.DataFrame, reported: Callable[[pd.Series], float | None] | None = None) -> None:
         """Add the wide rows of `evaluate`, one record a metric; a figure that is NaN there is left out.
 
-        Args:
-            frame: what `evaluate` returned.
-            reported: the study's figure for a row and its `kl`, or None.
+        `reported` gives the study's KL for a row, or None.
         """
         names = [c for c in frame.columns if c in FIELDS]
         for _, row in frame.iterrows():
@@ -273,16 +225,3 @@ class Records:
         own = {name: self._defaults[name] for name in ("experiment", "notebook")}
         _rewrite(self.path, lambda row: own.items() <= row.items(), self._rows.values())
         return _frame(self._rows.values())
-
-
-def reported(experiment: str) -> dict[str, Any] | list[dict[str, Any]]:
-    """The study's figures for one experiment, as published (TinyLlama-1.1B-Chat, one consumer GPU).
-
-    Raises:
-        ChassisError: the study has no such experiment; the message lists those it has.
-    """
-    figures = json.loads(Path(__file__).with_name("reference_results.json").read_text(encoding="utf-8"))
-    figures.pop("source")
-    if experiment not in figures:
-        raise ChassisError(f"the study reports nothing as {experiment!r}: it has {', '.join(figures)}")
-    return figures[experiment]

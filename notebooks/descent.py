@@ -10,7 +10,7 @@ from torch.nn.functional import kl_div
 
 from chassis_utils import Activations, Adapter, ChassisError, Gram, ridge
 from chassis_utils.activations import batched, tokenize
-from chassis_utils.adapter import _adapter, method
+from chassis_utils.adapter import assembled, method
 from chassis_utils.models import Place
 from chassis_utils.solve import low_rank
 
@@ -74,4 +74,4 @@ def _descent(a: Activations, layer: int, lam: float, after: Adapter | None = Non
     weight, bias = ridge(gram, lam)
     scale = step * float(x.norm(dim=1).mean() / (x @ weight + bias).norm(dim=1).mean().clamp(min=1e-30))
     factors = low_rank(weight * scale, gram.covariance)
-    return _adapter(a, layer, factors, bias * scale, space="hidden", onto="layer", info={"step": step})
+    return assembled(a, layer, factors, bias * scale, space="hidden", onto="layer", info={"step": step})

@@ -13,6 +13,7 @@ from conftest import make, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import alignment  # noqa: F401  registers hidden, aligned and projected
 from chassis_utils import Activations, Adapter, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load
 from chassis_utils.adapter import METHODS
 

@@ -33,7 +33,7 @@ NOTEBOOKS = ROOT / "notebooks"
 PLOTS = {"index": 1, "two": 2, "none": 0, "table": 0}
 FIGURE = """
 import plotly.graph_objects as go
-from chassis_utils.mime import glue_figure
+from gluing import glue_figure
 figure = go.Figure(go.Scatter(x=[1, 2, 4], y=[0.3, 0.1, 0.01], text=["</script><b>", "<!--", "&"]))
 figure = figure.update_layout(title_text="KL <i>against</i> rank", xaxis_type="log")
 """

@@ -12,8 +12,9 @@ import pytest
 from conftest import same, walk
 from test_book_pages import ROOT, browser, needs_browser
 
-from chassis_utils import ChassisError, read_records, results_table
+from chassis_utils import ChassisError, read_records
 from chassis_utils.batch import Profile, build_book, load_profile, run
+from tables import results_table
 from verdicts import RULES
 
 __all__ = ["browser"]

@@ -13,17 +13,9 @@ from conftest import same
 
 from chassis_utils import Adapter, LanguageModel, Probes, SyntheticExpert, evaluate
 from chassis_utils.errors import ChassisError
-from chassis_utils.records import (
-    FIELDS,
-    TABLE,
-    Records,
-    forget,
-    read_records,
-    replace_text,
-    reported,
-    results_table,
-    write_table,
-)
+from chassis_utils.records import FIELDS, Records, forget, read_records, replace_text
+from study import reported
+from tables import TABLE, results_table, write_table
 
 
 def sweep(

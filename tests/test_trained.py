@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import make, refused
 
+import alignment  # noqa: F401  registers hidden, aligned and projected
 from chassis_utils import Activations, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load, probe_set
 from chassis_utils.models import tensor_hash
 from recast import recast
