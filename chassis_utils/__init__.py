@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .errors import ChassisError
     from .experts import SyntheticExpert, load_expert
     from .features import Features
+    from .foreign import ForeignExpert
     from .metrics import choose_rank, evaluate, interval
     from .models import LanguageModel, bundled, load
     from .probes import Probes, passages, probe_set, written
@@ -27,6 +28,7 @@ _HOMES = {
     "errors": ("ChassisError",),
     "experts": ("SyntheticExpert", "load_expert"),
     "features": ("Features",),
+    "foreign": ("ForeignExpert",),
     "metrics": ("choose_rank", "evaluate", "interval"),
     "models": ("LanguageModel", "bundled", "load"),
     "probes": ("Probes", "passages", "probe_set", "written"),

@@ -19,11 +19,12 @@ from tqdm.auto import tqdm
 
 from .errors import ChassisError
 from .experts import SyntheticExpert
+from .foreign import ForeignExpert
 from .models import LanguageModel, Place
 from .probes import Probes
 from .records import made, replacing
 
-Expert = LanguageModel | SyntheticExpert
+Expert = LanguageModel | SyntheticExpert | ForeignExpert
 
 SHARD = 1024  # prompts a shard: what a kill can cost
 
@@ -108,9 +109,10 @@ def harvest(
     `out_dir`, each shard of 1,024 prompts is written as it is done: a second call goes on from there, and shards are
     shared by every expert and notebook that asks for the same base, probes, layers and positions.
 
-    The expert is a model with the base's tokenizer, or a function of the base's hidden state. `positions` is the `last`
-    token of each prompt, or `all`; `layers` are places of the base, negative ones from the last, None for every layer;
-    `batch_tokens` counts padded tokens a batch; `padding`, `right` or `left`, changes nothing but rounding.
+    The expert is a model with the base's tokenizer, a function of the base's hidden state, or a `ForeignExpert`.
+    `positions` is the `last` token of each prompt, or `all`; `layers` are places of the base, negative ones from the
+    last, None for every layer; `batch_tokens` counts padded tokens a batch; `padding`, `right` or `left`, changes
+    nothing but rounding.
 
     Raises:
         ChassisError: an unknown place or option, a prompt that is too long, tokenizers that differ, NaN or infinity.
@@ -128,20 +130,28 @@ def harvest(
         theirs = run.collect(expert, [expert.num_layers])[f"hidden.{expert.num_layers}"]
     else:
         bare = states[final] if base.bare is base else run.collect(base.bare, wanted)[f"hidden.{final}"]
-        theirs = expert.transform(bare.to(base.device)).cpu()
+        if isinstance(expert, ForeignExpert):
+            model, (their_ids, _) = expert.model, tokenize(expert.model, probes)
+            told = replace(run, ids=their_ids).collect(model, [model.num_layers])[f"hidden.{model.num_layers}"]
+            theirs = expert.rows(bare, ids, told, their_ids, probes.prompts, positions)
+        else:
+            theirs = expert.transform(bare.to(base.device)).cpu()
     return Activations(base, expert, probes, positions, states, theirs, part["prompt"], part["next_token"], num_bytes)
 
 
 def checked_ids(base: LanguageModel, expert: Expert, probes: Probes) -> tuple[list[list[int]], int]:
     """What `tokenize` gives, once it is sure that both models read the same ids; ChassisError if they do not."""
     ids, num_bytes = tokenize(base, probes)
-    if not isinstance(expert, LanguageModel):
+    if isinstance(expert, ForeignExpert):
+        if expert.bridge.base.head_hash != base.head_hash or expert.bridge.base.tokenizer_hash != base.tokenizer_hash:
+            raise ChassisError(f"{expert.name} leads to {expert.bridge.base.name}: build a bridge to {base.name}")
+    elif not isinstance(expert, LanguageModel):
         _same_base(base, expert)
     elif getattr(base.tokenizer, "is_fast", False) and expert.tokenizer_hash == base.tokenizer_hash:
         _check_ids(expert, probes, ids)
     # Two versions of a library may write one tokenizer in two ways: then the table and these ids must agree.
     elif expert.tokenizer.get_vocab() != base.tokenizer.get_vocab():
-        raise ChassisError(f"{expert.name} and {base.name} have different tokenizers: that takes a bridge")
+        raise ChassisError(f"{expert.name} and {base.name} have different tokenizers: take a ForeignExpert")
     elif tokenize(expert, probes)[0] != ids:
         raise ChassisError(f"{expert.name} and {base.name} cut prompts into other tokens: check the first token")
     return ids, num_bytes

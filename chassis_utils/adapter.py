@@ -16,6 +16,7 @@ from .activations import Activations
 from .errors import ChassisError
 from .experts import SyntheticExpert
 from .features import Features
+from .foreign import ForeignExpert
 from .models import LanguageModel, Place, Readout, tensor_hash
 from .records import replacing
 from .solve import Gram, low_rank, ridge
@@ -266,13 +267,16 @@ def fit(
     if unknown := ", ".join(sorted({*options} - {*known})):
         raise ChassisError(f"method {method} has no option {unknown}; it takes {', '.join(known) or 'none'}")
     base, expert = activations.base, activations.expert
-    if expert.readout.softcap != base.readout.softcap:
+    foreign = isinstance(expert, ForeignExpert)
+    if foreign and method not in ("v2", "near"):
+        raise ChassisError(f"no linear map leads to what {expert.name} says: take method v2")
+    if not foreign and expert.readout.softcap != base.readout.softcap:
         raise ChassisError(f"{base.name} and {expert.name} cap their logits differently: no linear map joins them")
     if not sums:
         activations.layer(layer)
     elif options.get("features") or {layer % (base.num_layers + 1), activations.layer} != {base.num_layers}:
         raise ChassisError("statistics hold what is read, and need the final state: tell gather the features, not fit")
-    lam = 1e-3 if lam is None and method != "v2" else lam
+    lam = 1e-3 if lam is None and method not in ("v2", "near") else lam
     adapter = function(activations, layer % (base.num_layers + 1), lam, **options)
     probes = activations.probes if sums else (activations.probes,)
     info = {"n": len(activations), "lam": lam, "probes": " + ".join(one.name for one in probes)} | adapter.info

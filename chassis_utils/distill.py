@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from .activations import Activations
-from .adapter import Adapter, column_weights, heads, method
+from .adapter import Adapter, assembled, column_weights, heads, method
 from .errors import ChassisError
 from .features import Features
+from .foreign import ForeignExpert
 from .metrics import kl
-from .solve import Gram, low_rank, scaled_ridge
-from .statistics import Statistics, gather, same_shape
+from .solve import Gram, kl_fit, low_rank, scaled_ridge
+from .statistics import FOLD, KEPT, Statistics, gather, same_shape
 
 LAMS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -41,6 +43,8 @@ def _v2(
     """
     if metric not in ("data", "kl"):
         raise ChassisError(f"metric = '{metric}': choose data or kl")
+    if isinstance(a, Activations) and isinstance(a.expert, ForeignExpert):
+        return _near(a, layer, lam)
     base, final, lams = a.base, a.base.num_layers, LAMS if lam is None else (lam,)
     if layer != final:
         raise ChassisError(f"v2 reads out at the final layer, {final}, and edits those before: leave layer at -1")
@@ -68,6 +72,44 @@ def _v2(
         if there < reached:
             best = replace(deep, edits=tuple(edits))
     return best
+
+
+@method("near")
+def _near(a: Activations, layer: int, lam: float | None, passes: int = 15) -> Adapter:
+    """The change of the head's input of least KL that is not far from none; what `v2` is for a `ForeignExpert`.
+
+    It reads every place that was harvested. The targets need only be probabilities, so any expert will do. `lam` is the
+    penalty of `kl_fit`, 16 unless given; of its steps the one is kept that is best on every eighth prompt, held out.
+    """
+    base, final, lam = a.base, a.base.num_layers, 16.0 if lam is None else lam
+    out = a.prompt % FOLD == FOLD - 1
+    if layer != final or not 0 < lam < math.inf:
+        raise ChassisError(f"layer {layer}, lam = {lam}: near wants the final layer, {final}, and lam above zero")
+    if not 0 < int(out.sum()) < len(out):
+        raise ChassisError(f"'{a.probes.name}' has fewer than {FOLD} prompts, and every eighth is held out: give more")
+    features = Features((final, *(place for place in a.layers if place != final)))
+    x, readout = features(a.hidden), base.readout
+    parts = x, a.hidden[final], a.expert_hidden
+    xs, states, theirs = (part[~out].to(base.device) for part in parts)
+    held, *judged = (part[out][:: -(-int(out.sum()) // KEPT)].to(base.device) for part in parts)
+    target, plain, basis = a.expert.readout(judged[1]), readout.linear(judged[0]), readout.weight.T
+    if readout.softcap is None:
+        basis = basis - basis.mean(1, keepdim=True)
+    nothing = basis.new_zeros(x.shape[1], len(basis)), basis.new_zeros(len(basis))
+    tried = [(float(kl(target, readout.cap(plain)).mean()), *nothing)]
+
+    def given(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return readout.linear(states[rows]), a.expert.readout(theirs[rows]).softmax(-1)
+
+    def seen(weight: torch.Tensor, bias: torch.Tensor, _: float) -> bool:
+        ours = readout.cap(plain + (held @ weight.float() + bias.float()) @ basis)
+        tried.append((float(kl(target, ours).mean()), weight, bias))
+        return min(one[0] for one in tried[-3:]) > min(one[0] for one in tried)
+
+    kl_fit(xs, given, basis, lam, seen, passes, readout.cap)
+    steps, (reached, weight, bias) = min(enumerate(tried), key=lambda one: one[1][0])
+    kind = {"features": features, "space": "hidden", "info": {"lam": lam, "steps": steps, "held_out_kl": reached}}
+    return assembled(a, final, low_rank(weight, Gram.of(x, x[:, :0]).covariance), bias, **kind)
 
 
 def _imitation(stats: Statistics, lams: Sequence[float], rank: int | None) -> Adapter:

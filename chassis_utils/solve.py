@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.optimize import OptimizeResult, minimize
+from torch.nn.functional import cross_entropy
 
 from .errors import ChassisError
 
 BLOCK = 4096  # rows cast to float64 at a time
 STRIP = 256  # columns multiplied at a time
+LOGITS = 2_000_000  # logits a block
 
 
 @dataclass
@@ -166,3 +171,75 @@ def low_rank(
     left, values = left[:, order], squares[order].clamp(min=0).sqrt()
     up = left.T @ weight
     return left if root is None else root @ left, up if back is None else (up @ back) @ basis, values
+
+
+def kl_fit(
+    x: torch.Tensor,
+    given: Callable[[slice], tuple[torch.Tensor, torch.Tensor]],
+    basis: torch.Tensor,
+    lam: float,
+    seen: Callable[[torch.Tensor, torch.Tensor, float], bool | None],
+    passes: int = 10,
+    cap: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits,
+) -> None:
+    """From no change towards the affine map of least KL that is not far from none.
+
+    Logits are `cap(own + (x W + b) basis)`. What is minimised over `W (p, k)` and `b (k,)` is the mean KL plus half of
+    `lam` times the squared size of the change, each column of x at unit mean square and the output measured in the
+    KL's own curvature `F = mean basis (diag(p) - p p') basis'`, p the target, floored at 1e-4 of its largest value. In
+    the coordinates `(C + lam I)^(1/2) . F^(1/2)` the curvature is near the unit matrix (the Kronecker factors of
+    Martens and Grosse 2015), so that L-BFGS takes few passes over the rows. The objective is strongly convex without a
+    cap: it is nowhere lower by more than the gradient's squared norm in these coordinates over `2 lam / (lam + max C)`.
+
+    Args:
+        x: `(n, p)`.
+        given: a slice of the rows to their `own` logits and their target probabilities, `(m, q)` each.
+        basis: `(k, q)`.
+        lam: above zero.
+        seen: called after each step with `W`, `b` and the gradient's norm; ends the search where it gives True.
+        passes: steps at most; the one that sets up F is another.
+        cap: of logits.
+    """
+    n, blocks = len(x), [*torch.arange(len(x)).split(max(1, LOGITS // basis.shape[1]))]
+    blocks = [slice(int(block[0]), int(block[-1]) + 1) for block in blocks]
+    size = x.double().square().mean(0).sqrt()
+    size = torch.cat([size.clamp(min=1e-6 * float(size.max().clamp(min=1e-30))), size.new_ones(1)])[:, None]
+    gram = Gram.of(x, x.new_ones(n, 1))
+    second = torch.cat([torch.cat([gram.xx, gram.xy], 1), torch.cat([gram.xy.T, gram.y.new_full((1, 1), n)], 1)]) / n
+    values, vectors = torch.linalg.eigh(second / size / size.T)
+    left = (vectors / (values.clamp(min=0) + lam).sqrt()) @ vectors.T
+    curvature = torch.zeros(len(basis), len(basis), dtype=torch.float64, device=x.device)
+    for block in blocks:
+        p = given(block)[1]
+        mean = p @ basis.T
+        curvature += ((basis * p.sum(0)) @ basis.T - mean.T @ mean).double() / n
+    values, vectors = torch.linalg.eigh(curvature)
+    right = (vectors / values.clamp(min=1e-4 * float(values[-1])).sqrt()).T
+    norms: list[float] = []
+
+    def affine(point: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        moved = left @ torch.from_numpy(point).view(len(left), len(right)).to(left)
+        whole = moved @ right / size
+        return moved, whole[:-1], whole[-1]
+
+    def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
+        moved, *parts = affine(point)
+        weight, bias = (part.float().requires_grad_() for part in parts)
+        total = 0.0
+        for block in blocks:
+            own, target = given(block)
+            with torch.enable_grad():
+                part = cross_entropy(cap(own + (x[block] @ weight + bias) @ basis), target, reduction="sum")
+                part.backward()
+            total += float(part.detach()) - float(torch.special.entr(target).sum(dtype=torch.float64))
+        slope = torch.cat([weight.grad.double(), bias.grad.double()[None]]) / size / n
+        slope = left @ (slope @ right.T + lam * moved)
+        norms.append(float(slope.norm()))
+        return total / n + lam / 2 * float(moved.square().sum()), slope.flatten().cpu().numpy()
+
+    def after(intermediate_result: OptimizeResult) -> None:
+        if seen(*affine(intermediate_result.x)[1:], norms[-1]):
+            raise StopIteration
+
+    options = {"maxiter": passes, "ftol": 0, "gtol": 0}
+    minimize(loss, np.zeros(len(left) * len(right)), jac=True, method="L-BFGS-B", callback=after, options=options)
