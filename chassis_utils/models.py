@@ -95,7 +95,7 @@ class LanguageModel:
     context: int = field(init=False)  #: Longest prompt, in tokens (2,048 where the config does not say)
     #: Whether a beginning can be run once and shared; recurrent models (Mamba) keep a state of another kind
     keeps_cache: bool = field(init=False)
-    edits: tuple[Adapter, ...] = ()  #: Changes on the way through, in hidden space, put there by `edited`
+    edits: tuple[Adapter, ...] = field(default=(), init=False)  #: Changes on the way through, put there by `edited`
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
