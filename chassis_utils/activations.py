@@ -18,12 +18,13 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .errors import ChassisError
-from .experts import SyntheticExpert
+from .experts import BiasExpert, SyntheticExpert
 from .models import LanguageModel, Place
 from .probes import Probes, probe_set
 from .records import replacing
 
-Expert = LanguageModel | SyntheticExpert
+HiddenExpert = SyntheticExpert | BiasExpert  # functions of the base's final state
+Expert = LanguageModel | HiddenExpert
 
 SHARD = 1024  # prompts a shard: what a kill can cost
 _BESIDE = ("expert_hidden", "prompt", "next_token")  # what `Activations` holds a row of beside `hidden`
@@ -86,7 +87,7 @@ class Activations:
         rows = {k: getattr(self, k)[part] for k in _BESIDE}
         return replace(self, probes=probes, hidden={layer: h[part] for layer, h in self.hidden.items()}, **rows)
 
-    def against(self, expert: SyntheticExpert) -> Activations:
+    def against(self, expert: HiddenExpert) -> Activations:
         """The same states beside another expert that is a function of them: no forward pass."""
         _same_base(self.base, expert)
         theirs = expert.transform(self.hidden[self.final].to(self.base.device)).cpu()
@@ -100,8 +101,9 @@ def _order(place: Place) -> tuple[bool, int]:
     )
 
 
-def _same_base(base: LanguageModel, expert: SyntheticExpert) -> None:
-    if expert.readout is not base.readout and not torch.equal(expert.readout.weight, base.readout.weight):
+def _same_base(base: LanguageModel, expert: HiddenExpert) -> None:
+    own, theirs = base.readout.weight, expert.readout.weight
+    if theirs is not own and not torch.equal(theirs[:, : own.shape[1]], own):  # a gate is a column more
         raise ChassisError(f"{expert.name} was drawn for another base than {base.name}: draw one with from_base")
 
 
