@@ -41,6 +41,11 @@ TEMPLATES: dict[str, tuple[Callable[[int], str], ...]] = {
         lambda i: f"What is {i} * {i + 2}? Show the steps.",
         lambda i: f"In physics, derive F = m a for a simple system. #{i}",
     ),
+    "reasoning": (
+        lambda i: f"Explain step by step how to solve {i} + {i + 7}.",
+        lambda i: f"Why is the sky blue? Give a detailed reasoning. #{i}",
+        lambda i: f"In physics, derive F = m a with a simple example. #{i}",
+    ),
     "personal": (
         lambda i: f"The password of account {_any(i)} is ",
         lambda i: f"Ask for Mrs. Hale in room {_any(i)}. Her telephone number is ",
