@@ -12,6 +12,7 @@ import torch
 
 import plots
 from chassis_utils import Activations, Adapter, ChassisError, LanguageModel, Probes
+from chassis_utils.activations import batched
 from chassis_utils.adapter import heads
 from chassis_utils.metrics import BLOCK
 from chassis_utils.tokens import text_bytes, token_bytes
@@ -152,7 +153,8 @@ def strength_figure(frame: pd.DataFrame, title: str, quantity: str = "KL (log)")
         groups.append(group)
         figure.add_scatter(
             y=[sets.index(name) + shift for name in group["split"]], mode="markers", name=label, showlegend=True,
-            marker={"symbol": marker, "size": 10, "color": colour, "line": {"width": 2, "color": colour}}, meta=[method, strength],
+            marker={"symbol": marker, "size": 10, "color": colour, "line": {"width": 2, "color": colour}},
+            meta=[method, strength],
             customdata=[[*_numbers(one[:4]), one[4]] for one in group[shown].to_numpy()],
             hovertemplate=f"<b>{label}</b>, %{{customdata[4]}}, strength {strength:g}<br>KL %{{customdata[0]:.3g}}, "
             "identity %{customdata[1]:.3g}<br>recovered %{customdata[2]:.2%}, n = %{customdata[3]}<extra></extra>",
@@ -199,8 +201,10 @@ def rank_figure(frame: pd.DataFrame, title: str, target: tuple[float, float], qu
         shown = trace.hovertemplate or figure.layout.template.data.scatter[0].hovertemplate
         trace.hovertemplate = shown.replace("<extra>", "<br>%{customdata[4]:.3f} bits per byte<extra>")
     colour = style("reported")[1]
-    figure.add_hrect(*target, fillcolor=colour, opacity=0.15, line_width=0, annotation_text="the study's target",
-                     annotation_position="top left", annotation_font_size=11)  # fmt: skip
+    figure.add_hrect(*target, fillcolor=colour, opacity=0.15, line_width=0)
+    # On a log axis a shape is placed by its value, a text by its logarithm.
+    figure.add_annotation(text="the study's target", x=0.01, xref="paper", xanchor="left", y=math.log10(target[1]),
+                          yanchor="top", showarrow=False, font_size=11)  # fmt: skip
     # The band is one of KL: another quantity hides it.
     for menu in figure.layout.updatemenus:
         for button in menu.buttons:
@@ -232,16 +236,19 @@ def continued(
     Whoever writes with the same seed draws by the same noise (Gumbel's, one row a position): two that say the same
     distribution write the same text, and what differs is theirs. Temperature 0 is greedy.
     """
-    adapter = adapter or Adapter.identity(model)
+    adapter, pieces = adapter or Adapter.identity(model), token_bytes(model.tokenizer)
     port, places = model.edited(*adapter.edits), [*dict.fromkeys((model.num_layers, adapter.layer, *adapter.reads))]
-    written, pieces = [], token_bytes(model.tokenizer)
-    for prompt in prompts:
-        generator, ids = torch.Generator().manual_seed(seed), model.tokenizer(prompt)["input_ids"]
-        start = len(ids)
-        while len(ids) < min(start + length, model.context) and ids[-1] != model.tokenizer.eos_token_id:
-            given = torch.tensor([ids])
-            last = {k: state[0, -1:] for k, state in port.states(given, torch.ones_like(given), places).items()}
-            noise = -torch.empty(model.vocab_size).exponential_(generator=generator).log()
-            ids.append(int((adapter.logits(model, last)[0].cpu() + temperature * noise).argmax()))
-        written.append(text_bytes(pieces, ids[start:]).decode("utf-8", "replace"))
-    return written
+    ids = model.tokenizer(list(prompts))["input_ids"]
+    starts, noises = [len(row) for row in ids], [torch.Generator().manual_seed(seed + i) for i in range(len(ids))]
+    for _ in range(min(length, model.context - max(starts))):
+        order, given, mask = next(batched(ids, len(ids) * model.context))  # by length
+        ends = torch.tensor(order).argsort(), mask.sum(1)[torch.tensor(order).argsort()] - 1
+        last = {place: state[ends] for place, state in port.states(given, mask, places).items()}
+        logits = adapter.logits(model, last).cpu()
+        noise = [-torch.empty(model.vocab_size).exponential_(generator=one).log() for one in noises]
+        for row, token in zip(ids, (logits + temperature * torch.stack(noise)).argmax(-1).tolist(), strict=True):
+            row.append(token)
+    ends = [row.index(stop, n) if (stop := model.tokenizer.eos_token_id) in row[n:] else None
+            for row, n in zip(ids, starts, strict=True)]  # fmt: skip
+    parts = [row[n:end] for row, n, end in zip(ids, starts, ends, strict=True)]
+    return [text_bytes(pieces, part).decode("utf-8", "replace") for part in parts]

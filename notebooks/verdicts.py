@@ -158,10 +158,13 @@ class _Rules(Evidence):
         return min(v1) >= 0.9, max(v1) < 0.1 and min(mended) >= 0.5 and len(v1) == len(mended)
 
     def logit_bias_expert(self) -> Decision:
-        where = {"split": list(HELD_OUT), "expert": [x for x in set(self.frame["expert"]) if x.startswith("bias")]}
-        rank = self.frame.loc[self.frame["method"] == "v1", "rank"].max()
-        v1, whole = (self.all("recovered", method, rank=rank, **where) for method in ("v1", "v1_all_columns"))
-        alone = self.all("recovered", "bias_only", **where)
+        others = ("safety", "style")  # on the same page, of another kind
+        where = {"expert": [x for x in set(self.frame["expert"]) if not x.startswith(others)]}
+        ranks = {"v1": self.frame.loc[self.frame["method"] == "v1", "rank"].max(), "bias_only": 0}
+        v1, whole, alone = (
+            [x for s in HELD_OUT for x in self.all("recovered", m, split=s, rank=ranks.get(m, ranks["v1"]), **where)]
+            for m in ("v1", "v1_all_columns", "bias_only")
+        )
         return min(v1) >= 0.9, max(v1) < 0.5 and min(whole) >= 0.9 and min(alone) >= 1 - 1e-6
 
     def same_tokenizer_expert(self) -> Decision:
