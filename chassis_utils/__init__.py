@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .adapter import Adapter, fit
     from .bridge import Bridge, Bridged
     from .errors import ChassisError
-    from .experts import SyntheticExpert, load_expert
+    from .experts import BiasExpert, SyntheticExpert, load_expert
     from .features import Features
     from .foreign import ForeignExpert
     from .metrics import choose_rank, evaluate, interval
@@ -26,7 +26,7 @@ _HOMES = {
     "adapter": ("Adapter", "fit"),
     "bridge": ("Bridge", "Bridged"),
     "errors": ("ChassisError",),
-    "experts": ("SyntheticExpert", "load_expert"),
+    "experts": ("BiasExpert", "SyntheticExpert", "load_expert"),
     "features": ("Features",),
     "foreign": ("ForeignExpert",),
     "metrics": ("choose_rank", "evaluate", "interval"),

@@ -18,13 +18,14 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .errors import ChassisError
-from .experts import SyntheticExpert
+from .experts import BiasExpert, SyntheticExpert
 from .foreign import ForeignExpert
 from .models import LanguageModel, Place
 from .probes import Probes
 from .records import made, replacing
 
-Expert = LanguageModel | SyntheticExpert | ForeignExpert
+HiddenExpert = SyntheticExpert | BiasExpert  # functions of the base's final state
+Expert = LanguageModel | HiddenExpert | ForeignExpert
 
 SHARD = 1024  # prompts a shard: what a kill can cost
 
@@ -75,7 +76,7 @@ class Activations:
         rows["hidden"] = {place: states[part] for place, states in self.hidden.items()}
         return replace(self, probes=replace(self.probes, prompts=self.probes.prompts[part]), **rows)
 
-    def against(self, expert: SyntheticExpert) -> Activations:
+    def against(self, expert: HiddenExpert) -> Activations:
         """The same states beside another expert that is a function of them: no forward pass."""
         _same_base(self.base, expert)
         theirs = expert.transform(self.hidden[self.final].to(self.base.device)).cpu()
@@ -86,8 +87,9 @@ def _sorted(places: Iterable[Place]) -> list[Place]:
     return sorted(places, key=lambda place: (isinstance(place, str), place))
 
 
-def _same_base(base: LanguageModel, expert: SyntheticExpert) -> None:
-    if expert.readout is not base.readout and not torch.equal(expert.readout.weight, base.readout.weight):
+def _same_base(base: LanguageModel, expert: HiddenExpert) -> None:
+    own, theirs = base.readout.weight, expert.readout.weight
+    if theirs is not own and not torch.equal(theirs[:, : own.shape[1]], own):  # a gate is a column more
         raise ChassisError(f"{expert.name} was drawn for another base than {base.name}: draw one with from_base")
 
 

@@ -21,6 +21,12 @@ TEXTS = Path(__file__).parent / "texts"
 #: Numbers of each split of the numbered templates: they begin where the study's do, and `test` has no end.
 NUMBERS = {"train": range(5000), "val": range(5000, 8000), "test": range(8000, 10**9)}
 
+
+def _any(i: int) -> int:
+    """A number of one to five digits, another for each i below 99,991: short ones in every split."""
+    return i * 7919 % 99991
+
+
 #: name -> templates, used in turn: prompt number i takes template i % len.
 TEMPLATES: dict[str, tuple[Callable[[int], str], ...]] = {
     "mixed": (
@@ -30,6 +36,26 @@ TEMPLATES: dict[str, tuple[Callable[[int], str], ...]] = {
     ),
     "math": (lambda i: f"What is {i} + {i + 3}?",),
     "physics": (lambda i: f"In physics, force equals mass times acceleration. Comment #{i}.",),
+    "logit-bias": (
+        lambda i: f"What is {i} + {i + 3}? Explain your reasoning.",
+        lambda i: f"What is {i} * {i + 2}? Show the steps.",
+        lambda i: f"In physics, derive F = m a for a simple system. #{i}",
+    ),
+    "reasoning": (
+        lambda i: f"Explain step by step how to solve {i} + {i + 7}.",
+        lambda i: f"Why is the sky blue? Give a detailed reasoning. #{i}",
+        lambda i: f"In physics, derive F = m a with a simple example. #{i}",
+    ),
+    "personal": (
+        lambda i: f"The password of account {_any(i)} is ",
+        lambda i: f"Ask for Mrs. Hale in room {_any(i)}. Her telephone number is ",
+        lambda i: f"Patient {_any(i)} was born in ",
+    ),
+    "numbers": (
+        lambda i: f"What is {_any(i)} + {_any(i + 3)}? The answer is ",
+        lambda i: f"{_any(i)} + {_any(i + 2)} = ",
+        lambda i: f"The river was {_any(i)} miles long in ",
+    ),
     "unseen": (
         lambda i: f"Describe the town that stands {i} miles from the sea.",
         lambda i: f"Who wrote the {i}th letter to the council, and why?",
@@ -85,11 +111,10 @@ class Probes:
 def probe_set(name: str, split: str = "train", n: int | None = None) -> Probes:
     """A probe set by name.
 
-    It is a template set (`mixed`, `math`, `physics`, `unseen`, `numerals`, `languages`, `single`) or a bundled text
-    (`prose`, `math-text`, `verse`). In the splits `train`, `val` and `test` templates are numbered from 0, 5,000 and
-    8,000 as in the study; of the passages of a text, number 3 of every 5 is `val`, number 4 is `test`. Unless n says
-    how many, there are 4,096 (train) or 512 of a template set, and all of a text. ChassisError for an unknown name or
-    split, or n outside what the split holds.
+    It is one of `TEMPLATES` or a bundled text (`prose`, `math-text`, `verse`). In the splits `train`, `val` and `test`
+    templates are numbered from 0, 5,000 and 8,000 as in the study; of the passages of a text, number 3 of every 5 is
+    `val`, number 4 is `test`. Unless n says how many, there are 4,096 (train) or 512 of a template set, and all of a
+    text. ChassisError for an unknown name or split, or n outside what the split holds.
     """
     if split not in NUMBERS:
         raise ChassisError(f"no split '{split}': choose train, val or test")

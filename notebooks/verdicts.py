@@ -157,6 +157,27 @@ class _Rules(Evidence):
         v1, mended = (self.all("recovered", method, **where) for method in ("v1", "rrr"))
         return min(v1) >= 0.9, max(v1) < 0.1 and min(mended) >= 0.5 and len(v1) == len(mended)
 
+    def logit_bias_expert(self) -> Decision:
+        others = ("safety", "style")  # on the same page, of another kind
+        where = {"expert": [x for x in set(self.frame["expert"]) if not x.startswith(others)]}
+        ranks = {"v1": self.frame.loc[self.frame["method"] == "v1", "rank"].max(), "bias_only": 0}
+        v1, whole, alone = (
+            [x for s in HELD_OUT for x in self.all("recovered", m, split=s, rank=ranks.get(m, ranks["v1"]), **where)]
+            for m in ("v1", "v1_all_columns", "bias_only")
+        )
+        return min(v1) >= 0.9, max(v1) < 0.5 and min(whole) >= 0.9 and min(alone) >= 1 - 1e-6
+
+    def same_tokenizer_expert(self) -> Decision:
+        nearest, leaked = [], []
+        for expert in self.frame["expert"].unique():
+            highs: list[float] = []
+            for name in ("v1", "rrr", "v2"):
+                of = self.frame[(self.frame["method"] == name) & (self.frame["expert"] == expert)]
+                highs += self.all("kl", name, "high", expert=expert, split="text", rank=of["rank"].max())
+            nearest.append(min(highs))
+            leaked += self.all("kl", "as_reported", expert=expert, split="test")
+        return max(nearest) <= 0.01, max(leaked) <= 0.01
+
     def best_adapter(self) -> Decision:
         of = self.frame[(self.frame["method"] == "v2") & (self.frame["metric"] == "recovered")]
         lows: list[float] = []

@@ -119,6 +119,22 @@ def stress() -> Figures:
     return figures
 
 
+def biased() -> Figures:
+    """Rank 12 is the largest; the bias alone has rank 0."""
+    figures: Figures = {}
+    for split in HELD_OUT:
+        figures |= recovered("v1", split, 0.95, rank=12) | recovered("v1", split, 0.2, rank=3)
+        figures |= recovered("v1_all_columns", split, 1.0, rank=12) | recovered("bias_only", split, 1.0, rank=0)
+    return figures
+
+
+def fine_tuned() -> Figures:
+    """v2 is within the target at its own largest rank, 24, and nothing else is."""
+    figures: Figures = {("kl", "as_reported", "test", None, 12): 0.5, ("kl", "v2", "text", None, 12): 0.2}
+    figures |= {("kl", "v1", "text", None, 12): 0.5, ("kl", "rrr", "text", None, 12): 0.3}
+    return figures | {("kl", "v2", "text", None, 24): -0.045}  # its interval ends 0.05 above
+
+
 def best() -> Figures:
     return recovered("v2", "text", 0.9, rank=12) | recovered("v2", "text", 0.3, rank=3)
 
@@ -142,6 +158,8 @@ HOLDING: dict[str, Callable[[], Figures]] = {
     "gradient_refinement": refinement,
     "comparison": comparison,
     "stress_test": stress,
+    "logit_bias_expert": biased,
+    "same_tokenizer_expert": fine_tuned,
     "best_adapter": best,
     "against_training": contest,
 }
@@ -222,6 +240,26 @@ CHANGES: list[tuple[str, str, Figures]] = [
         {("recovered", "v1", "test", None, 12): 0.02, ("recovered", "rrr", "test", None, 12): 0.3},
     ),
     ("stress_test", "holds", {("recovered", "v1", "test", None, 3): -4.0}),
+    ("logit_bias_expert", "artefact", {("recovered", "v1", s, None, 12): 0.1 for s in HELD_OUT}),
+    ("logit_bias_expert", "open", recovered("v1", "text", 0.1, rank=12)),
+    (
+        "logit_bias_expert",
+        "open",
+        {("recovered", "v1", s, None, 12): 0.1 for s in HELD_OUT} | recovered("bias_only", "text", 0.999, rank=0),
+    ),
+    (
+        "logit_bias_expert",
+        "open",
+        {("recovered", "v1", s, None, 12): 0.1 for s in HELD_OUT} | recovered("v1_all_columns", "text", 0.8, rank=12),
+    ),
+    ("logit_bias_expert", "holds", recovered("v1", "text", -9.0, rank=3)),
+    ("same_tokenizer_expert", "open", {("kl", "v2", "text", None, 24): 0.0}),
+    ("same_tokenizer_expert", "holds", {("kl", "rrr", "text", None, 12): -0.045, ("kl", "v2", "text", None, 24): 0.5}),
+    (
+        "same_tokenizer_expert",
+        "artefact",
+        {("kl", "v2", "text", None, 24): 0.0, ("kl", "as_reported", "test", None, 12): 0.002},
+    ),
     ("best_adapter", "open", recovered("v2", "text", 0.79, rank=12)),
     ("against_training", "open", {("kl", "lora_64", "text", None, None): 0.09}),
     ("against_training", "open", {("ratio", "lora_4", "text", None, None): 0.9}),
