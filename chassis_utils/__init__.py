@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .activations import Activations, harvest, harvest_splits
     from .adapter import Adapter, fit
+    from .api import ApiExpert
     from .bridge import Bridge, Bridged
     from .errors import ChassisError
     from .experts import SyntheticExpert, load_expert
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "activations": ("Activations", "harvest", "harvest_splits"),
     "adapter": ("Adapter", "fit"),
+    "api": ("ApiExpert",),
     "bridge": ("Bridge", "Bridged"),
     "errors": ("ChassisError",),
     "experts": ("SyntheticExpert", "load_expert"),
