@@ -24,8 +24,8 @@ from .models import LanguageModel
 from .records import locked
 
 Said = dict[bytes | None, float]  #: Likeliest next tokens and their probabilities; `None` is the end of the text
-_HINTS = dict.fromkeys((401, 403), "set its key") | {400: "shorten or mend the prompt", 404: "check model and base_url"}
-_HINTS |= {200: "that has no JSON, no logprobs, or no tokens that decode"}
+_HINTS = {200: "that has no JSON, no logprobs, or no tokens that decode", 401: "set the right one", 403: "set another"}
+_HINTS |= {400: "shorten the prompt, or ask for fewer logprobs", 404: "check model and base_url"}
 
 
 def placed(base: LanguageModel, rows: Sequence[Said], prompts: Sequence[str] | None = None, length: int = 4) -> Bridged:
@@ -34,7 +34,8 @@ def placed(base: LanguageModel, rows: Sequence[Said], prompts: Sequence[str] | N
     homes = dict(zip(pieces, reader.homes(pieces, 0, "C", length), strict=True))
     mass = np.zeros((len(rows), base.vocab_size + 2))
     for i, piece, p in ((i, *one) for i, row in enumerate(rows) for one in row.items()):
-        mass[i, homes[piece]] += p / max(1, len(homes[piece]))
+        for home in homes[piece]:
+            mass[i, home] += p / len(homes[piece])
     return reader.told(mass, prompts)
 
 
@@ -72,7 +73,8 @@ class ApiExpert:
         key, address = os.environ.get(self.key_from, ""), r"https?://[^\s/?#@]+(/[^\s?#@]*)?"
         if not re.fullmatch(address, self.base_url) or not re.fullmatch("[!-~]*", key):
             raise ChassisError(f"give http(s)://host/path, no password, and in {self.key_from} a key of plain letters")
-        names = [sha256(json.dumps([self.model, one, self.logprobs]).encode()).hexdigest() for one in prompts]
+        asked = [json.dumps([self.model, one, self.logprobs, self.ends]) for one in prompts]
+        names = [sha256(one.encode()).hexdigest() for one in asked]
         path, headers = self.cache and Path(self.cache), {"Authorization": f"Bearer {key}"} if key else {}
         lock = locked(path, f"{path} is in use: wait for the other process") if path else nullcontext()
         with lock as file, httpx.Client(base_url=self.base_url, headers=headers, timeout=self.timeout) as client:
@@ -101,9 +103,9 @@ class ApiExpert:
             status, text = type(error).__name__, f"{error}"
         if status != 200 or not (found := _read(text, self.ends)):
             # What a server says of a key may show part of it.
-            text = self.key_from if status in (401, 403) else " ".join(text.replace(key or "\0", "***").split())[:150]
+            text = f"for the key in {self.key_from}" if status in (401, 403) else text.replace(key or "\0", "***")
             hint = _HINTS.get(status, f"no other answer for {self.patience:g} s, try again when it is up")
-            raise ChassisError(f"{where}: {status} {text}: {hint}")
+            raise ChassisError(f"{where}: {status} {' '.join(text.split())[:150]}: {hint}")
         if not (whole := math.fsum(found.values())) <= 1 + 1e-3:
             raise ChassisError(f"{where}: probabilities sum to {whole:.4g}: it gave no logprobs of one token")
         return {piece: p / max(1.0, whole) for piece, p in found.items()}

@@ -254,7 +254,7 @@ def test_any_bytes_are_read_however_they_are_written(raw: bytes) -> None:
         ({"busy": -1, "status": 302}, ["302"]),
         ({"busy": -1, "after": "3600"}, ["429", "try again"]),
         ({"slow": 1.0}, ["Timeout", "try again"]),
-        ({"key": KEY}, ["401", "set its key", "OPENAI_API_KEY"]),
+        ({"key": KEY}, ["401 for the key in OPENAI_API_KEY", "set the right one"]),
         ({"body": "<html>\n\nsorry"}, ["200", "<html> sorry", "no JSON"]),
         ({"body": "[1, 2]"}, ["[1, 2]", "no logprobs"]),
         ({"body": {"choices": []}}, ["no logprobs"]),
