@@ -125,11 +125,11 @@ def record(records: Records, table: pd.DataFrame, split: str, sizes: Sequence[in
 def against_k(frame: pd.DataFrame, prompts: Sequence[str], quantity: str = "KL (log)") -> go.Figure:
     """What k likeliest tokens are worth: a slider over prompts, a menu of quantities, the mean over prompts beside."""
     most = frame["k"].max()
-    names = ["base alone" if k == 0 else "all" if k == most else f"{k}" for k in sorted(frame["k"].unique())]
+    names = ["all" if k == most else f"{k}" for k in sorted(frame["k"].unique())]
     columns = {name: frame.pivot(index="prompt", columns="k", values=of) for name, (of, *_) in QUANTITIES.items()}
     # Nothing is lost by all, and a log axis has no place for 0.
     columns["KL (log)"] = columns["KL (log)"].where(columns["KL (log)"] > 1e-12)
-    figure = go.Figure(layout={"showlegend": True, "margin": {"b": 150}, "height": 500})
+    figure = go.Figure(layout={"showlegend": True, "margin": {"b": 172}, "height": 500})
     look = {
         "x": names,
         "mode": "lines+markers",
@@ -153,14 +153,15 @@ def against_k(frame: pd.DataFrame, prompts: Sequence[str], quantity: str = "KL (
     shown = {
         i + 1: [
             {"visible": [True, *(i == other for other in range(len(prompts)))]},
-            {"xaxis.title.text": f"likeliest tokens told, behind<br>“…{end}”"},
+            {"xaxis.title.text": f"tokens told (0: the base alone), behind<br>“…{end}”"},
         ]
         for i, end in enumerate(ends)
     }
-    slider = {"steps": _buttons(figure, 1, shown), "pad_t": 70, "currentvalue_prefix": "prompt "}
+    slider = {"steps": _buttons(figure, 1, shown), "pad_t": 78, "currentvalue_prefix": "prompt "}
     mean = columns["KL"].mean()
     alt = f"KL to the bridge from all tokens against how many are told, mean of {len(prompts)} prompts: " + "; ".join(
         f"{name}: {value:.2g}" for name, value in zip(names, mean, strict=True)
     )
+    axis = {"type": "category", "tickangle": 0, "tickfont_size": 9}
     title = "What the k likeliest tokens are worth"
-    return _finish(figure, title, f"{alt}.", above=38, updatemenus=menus, sliders=[slider], xaxis_type="category")
+    return _finish(figure, title, f"{alt}.", above=38, updatemenus=menus, sliders=[slider], xaxis=axis)

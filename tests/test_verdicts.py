@@ -131,8 +131,7 @@ def contest() -> Figures:
 
 
 def told() -> Figures:
-    """Only 20 count."""
-    return recovered("top_20", "text", 0.96) | recovered("top_5", "text", 0.2) | recovered("top_20_spread", "text", 0.1)
+    return recovered("top_20", "text", 0.96)
 
 
 HOLDING: dict[str, Callable[[], Figures]] = {
@@ -232,7 +231,6 @@ CHANGES: list[tuple[str, str, Figures]] = [
     ("against_training", "open", {("kl", "lora_64", "text", None, None): 0.09}),
     ("against_training", "open", {("ratio", "lora_4", "text", None, None): 0.9}),
     ("api_expert", "open", recovered("top_20", "text", 0.94)),
-    ("api_expert", "holds", recovered("top_5", "text", 0.1)),
 ]
 
 
