@@ -67,14 +67,13 @@ class ApiExpert:
             ChassisError: no list of texts, an empty one, an address with a password or none, a key that no header
                 holds; a server that gives no answer in time, refuses, or answers with no probabilities.
         """
-        odd = [i for i, one in enumerate(prompts) if not one or re.search("[\ud800-\udfff]", one)]
+        odd = [i for i, x in enumerate(prompts) if not isinstance(x, str) or not re.fullmatch("[^\ud800-\udfff]+", x)]
         if odd or isinstance(prompts, str):
             raise ChassisError(f"prompt {odd[0] if odd else 0} is empty or no text: give a list of texts")
         key, address = os.environ.get(self.key_from, ""), r"https?://[^\s/?#@]+(/[^\s?#@]*)?"
         if not re.fullmatch(address, self.base_url) or not re.fullmatch("[!-~]*", key):
             raise ChassisError(f"give http(s)://host/path, no password, and in {self.key_from} a key of plain letters")
-        asked = [json.dumps([self.model, one, self.logprobs, self.ends]) for one in prompts]
-        names = [sha256(one.encode()).hexdigest() for one in asked]
+        names = [sha256(repr((self.model, self.logprobs, self.ends, one)).encode()).hexdigest() for one in prompts]
         path, headers = self.cache and Path(self.cache), {"Authorization": f"Bearer {key}"} if key else {}
         lock = locked(path, f"{path} is in use: wait for the other process") if path else nullcontext()
         with lock as file, httpx.Client(base_url=self.base_url, headers=headers, timeout=self.timeout) as client:

@@ -290,7 +290,7 @@ def test_bad_input_is_refused_in_one_line(server: str, tmp_path: Path, monkeypat
         api(["fine", "word " * 600], progress=False)
     with refused("prompt 0", "ConnectError", "try again"):
         replace(api, base_url="http://127.0.0.1:9/v1", patience=0.3)(["a"], progress=False)
-    for prompts in (["a", ""], "one string", ["a", "b\udce2"]):
+    for prompts in (["a", ""], "one string", ["a", "b\udce2"], ["a", 5], [None]):
         with refused("prompt", "list of texts"):
             api(prompts, progress=False)
     for address in ("127.0.0.1/v1", "ftp://host/v1", "http://user:word@host/v1", "https://host/v1?key=word", "http://"):
