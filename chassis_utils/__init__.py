@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .activations import Activations, harvest
     from .adapter import Adapter, fit
+    from .api import ApiExpert
     from .bridge import Bridge, Bridged
     from .errors import ChassisError
     from .experts import BiasExpert, SyntheticExpert, load_expert
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "activations": ("Activations", "harvest"),
     "adapter": ("Adapter", "fit"),
+    "api": ("ApiExpert",),
     "bridge": ("Bridge", "Bridged"),
     "errors": ("ChassisError",),
     "experts": ("BiasExpert", "SyntheticExpert", "load_expert"),

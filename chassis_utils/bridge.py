@@ -115,7 +115,8 @@ class Bridge:
             self._branches: dict[_Node, tuple[int, dict[int, _Node]]] = {}
             self._tables: dict[tuple[int, _Node], NDArray[np.int64]] = {}
             return
-        homes = self._by_string() if self.match == "string" else self._by_bytes()
+        given = self._pieces, self._end, self.stage, self.length
+        homes = self._by_string() if self.match == "string" else self._reader.homes(*given)
         if not any(home for i, home in enumerate(homes) if i != self._end):
             raise ChassisError(f"{self.expert.name} and {self.base.name} share no token: try a later stage")
         pairs = [(i, t, 1 / len(ids)) for i, home in enumerate(homes) for ids in [home or [none]] for t in ids]
@@ -131,19 +132,6 @@ class Bridge:
     def first(self, pieces: Sequence[bytes]) -> list[int | None]:
         """First base token of each of these in the middle of a text; none for part of a character."""
         return [ids[0] if ids else None for ids in self._reader.written(pieces)]
-
-    def _by_bytes(self) -> list[list[int]]:
-        own = ids_of(self._reader.pieces)
-        first, homes = {piece: ids[0] for piece, ids in own.items()}, []
-        for piece, ids in zip(self._pieces, self._reader.written(self._pieces), strict=True):
-            homes.append(ids if len(ids) == 1 and ids[0] in own.get(piece, ()) else own.get(piece, []))
-            if self.stage == "C" and ids:
-                homes[-1] = ids[:1] if len(ids) <= self.length else []
-            elif self.stage == "B" and piece and not homes[-1]:
-                homes[-1] = _spelled(piece, first)
-        if self._end is not None and self._reader.end is not None:
-            homes[self._end] = [self._reader.end]
-        return homes
 
     def _by_string(self) -> list[list[int]]:
         models = (self.expert, self.base)
@@ -183,13 +171,7 @@ class Bridge:
             rest = np.argsort(-rows, axis=1, kind="stable")[:, 256:]
             np.put_along_axis(rows, rest, 0.0, axis=1)
         mass = np.ascontiguousarray((self.table.T @ rows.T).T)
-        mass[:, -1] += 1 - mass.sum(1)
-        for row, prompt in zip(mass, prompts if self.stage == "C" and prompts is not None else (), strict=False):
-            some = np.flatnonzero(row[:-2] >= 1e-6)
-            melted = some[~self._reader.follow(prompt, some)]
-            row[-2] += row[melted].sum()
-            row[melted] = 0.0
-        return Bridged(torch.from_numpy(mass), torch.ones(len(mass)).double(), torch.zeros(len(mass)).long())
+        return self._reader.told(mass, prompts if self.stage == "C" else None)
 
     def _ids(self, number: int, prompt: str) -> list[int]:
         """The expert's tokens of a prompt; of an empty one its beginning-of-text token."""
@@ -379,6 +361,30 @@ class _Reader:
         found = self._middle.encode_batch_fast([texts[i] for i in whole], add_special_tokens=False)
         ids = dict(zip(whole, (one.ids for one in found), strict=True))
         return [ids.get(i, []) for i in range(len(pieces))]
+
+    def homes(self, pieces: Pieces, end: int | None, stage: str = "C", length: int = 4) -> list[list[int]]:
+        """Base tokens that each of these goes to by a stage's rule, see `Bridge`; number `end` is the end of text."""
+        own = ids_of(self.pieces)
+        first, homes = {piece: ids[0] for piece, ids in own.items()}, []
+        for piece, ids in zip(pieces, self.written(pieces), strict=True):
+            homes.append(ids if len(ids) == 1 and ids[0] in own.get(piece, ()) else own.get(piece, []))
+            if stage == "C" and ids:
+                homes[-1] = ids[:1] if len(ids) <= length else []
+            elif stage == "B" and piece and not homes[-1]:
+                homes[-1] = _spelled(piece, first)
+        if end is not None and self.end is not None:
+            homes[end] = [self.end]
+        return homes
+
+    def told(self, mass: NDArray[np.float64], prompts: Sequence[str] | None) -> Bridged:
+        """What was placed by a table `(n, vocab + 2)`; behind prompts less what melts into their last token."""
+        mass[:, -1] += 1 - mass.sum(1)
+        for row, prompt in zip(mass, prompts or (), strict=False):
+            some = np.flatnonzero(row[:-2] >= 1e-6)
+            melted = some[~self.follow(prompt, some)]
+            row[-2] += row[melted].sum()
+            row[melted] = 0.0
+        return Bridged(torch.from_numpy(mass), torch.ones(len(mass)).double(), torch.zeros(len(mass)).long())
 
     def follow(self, prompt: str, tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether each of these base tokens can stand behind the prompt's last one, as far as whole characters go."""

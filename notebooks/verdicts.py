@@ -195,6 +195,9 @@ class _Rules(Evidence):
         theirs, times = ([x for m in rivals for x in self.all(of, m, split="text")] for of in ("kl", "ratio"))
         return min(times) >= 1 and max(ours) <= min(theirs), False
 
+    def api_expert(self) -> Decision:
+        return min(self.all("recovered", "top_20", "low", split="text")) >= 0.9, False
+
 
 RULES = {name: decide for name, decide in vars(_Rules).items() if name in EXPERIMENTS}
 
