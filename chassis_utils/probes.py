@@ -30,6 +30,11 @@ TEMPLATES: dict[str, tuple[Callable[[int], str], ...]] = {
     ),
     "math": (lambda i: f"What is {i} + {i + 3}?",),
     "physics": (lambda i: f"In physics, force equals mass times acceleration. Comment #{i}.",),
+    "reasoning": (
+        lambda i: f"Explain step by step how to solve {i} + {i + 7}.",
+        lambda i: f"Why is the sky blue? Give a detailed reasoning. #{i}",
+        lambda i: f"In physics, derive F = m a with a simple example. #{i}",
+    ),
     "unseen": (
         lambda i: f"Describe the town that stands {i} miles from the sea.",
         lambda i: f"Who wrote the {i}th letter to the council, and why?",
@@ -85,8 +90,8 @@ class Probes:
 def probe_set(name: str, split: str = "train", n: int | None = None) -> Probes:
     """A probe set by name.
 
-    It is a template set (`mixed`, `math`, `physics`, `unseen`, `numerals`, `languages`, `single`) or a bundled text
-    (`prose`, `math-text`, `verse`). In the splits `train`, `val` and `test` templates are numbered from 0, 5,000 and
+    It is a template set (`mixed`, `reasoning` or another of `TEMPLATES`) or a bundled text (`prose`, `math-text`,
+    `verse`). In the splits `train`, `val` and `test` templates are numbered from 0, 5,000 and
     8,000 as in the study; of the passages of a text, number 3 of every 5 is `val`, number 4 is `test`. Unless n says
     how many, there are 4,096 (train) or 512 of a template set, and all of a text.
 
