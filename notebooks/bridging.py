@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from chassis_utils import Activations, Adapter, Bridge, Bridged, ChassisError, Gram, LanguageModel, Probes, ridge
+from chassis_utils import Activations, Adapter, Bridge, Bridged, ChassisError, Gram, LanguageModel, Probes, evaluate
+from chassis_utils import probe_set, ridge
 from chassis_utils.activations import batched
 from chassis_utils.metrics import kl
 from chassis_utils.solve import low_rank
@@ -182,6 +183,13 @@ class Places:
         probes = Probes(name or self.probes.name, split or self.probes.split, self.probes.prompts[:n])
         return replace(self, probes=probes, **{k: getattr(self, k)[:n] for k in ("hidden", "expert_hidden", "passage")})
 
+    def some(self, numbers: Sequence[int]) -> Places:
+        """Only the places of these numbers."""
+        numbers = [*numbers]
+        probes = replace(self.probes, prompts=tuple(self.probes.prompts[i] for i in numbers))
+        rows = {k: getattr(self, k)[numbers] for k in ("hidden", "expert_hidden", "passage")}
+        return replace(self, probes=probes, **rows)
+
     def bridged(self, bridge: Bridge) -> Bridged:
         """What the expert says next, in the base's tokens."""
         return bridge(self.said, self.probes.prompts)
@@ -206,6 +214,26 @@ def v1(a: Activations, lam: float = 1e-3) -> Adapter:
     wanted = x.double() @ lens[:, columns] + bias[columns] - logits(base, x)[:, columns]
     weight, shift = ridge(Gram.of(x, wanted), lam)
     return _adapter(a, "v1", *low_rank(weight), shift, columns=columns)
+
+
+def study_of(
+    bridge: Bridge, target: Target, n: int, single: str
+) -> tuple[Adapter, pd.DataFrame]:
+    """The study's adapter to what a bridge places, with all its faults, and what `evaluate` says of it as it was judged.
+
+    n prompts of the kind "reasoning", the expert misread on them (see `last_states`), what was placed made to sum to 1,
+    `log(q + 1e-8)`, v1 at the study's share of rank; judged on the first half of the prompts it was fitted on, as both
+    val and test, and on one prompt of its own.
+    """
+    base, expert = bridge.base, bridge.expert
+    prompts = {"reasoning": probe_set("reasoning", "train", n), "single": Probes("27 * 42", "template", (single,))}
+    train, one = (Places.of(base, expert, p, misread=True) for p in prompts.values())
+    leaked = [train.first(max(1, n // 2), "reasoning (leaked)", split) for split in ("val", "test")]
+    fitted, *judged = (
+        places.beside(target, target_logits(bridge(places.said).probabilities, 1e-8)) for places in (train, *leaked, one)
+    )
+    adapter = v1(fitted).at_rank(max(1, round(128 / 2048 * base.hidden_size))).named("as_reported")
+    return adapter, evaluate(base, target, adapter, judged, allow_overlap=True)
 
 
 def softened(placed: torch.Tensor, own: torch.Tensor, share: float = 0.01) -> torch.Tensor:
@@ -258,6 +286,12 @@ def homes(bridge: Bridge) -> NDArray[np.int64]:
     table = bridge.table.tocsr()
     found = np.asarray(table.argmax(axis=1)).ravel()
     return np.where(found < bridge.base.vocab_size, found, -1)
+
+
+def all_tokens(bridge: Bridge, said: torch.Tensor) -> torch.Tensor:
+    """What a bridge places of all tokens `(n, vocab)`; by string it keeps the 256 likeliest, as the study did."""
+    mass = bridge.table.T @ said.numpy().T
+    return torch.from_numpy(np.ascontiguousarray(mass.T))[:, : bridge.base.vocab_size]
 
 
 def firsts_of_pairs(bridge: Bridge) -> dict[int, list[int]]:
@@ -438,7 +472,7 @@ def dumbbells(frame: pd.DataFrame, title: str, alt: str, least: float = 1e-2) ->
     return _finish(figure, title, alt)
 
 
-def fates(frame: pd.DataFrame, colours: dict[str, str], title: str, alt: str) -> go.Figure:
+def fates(frame: pd.DataFrame, colours: dict[str, str], title: str) -> go.Figure:
     """For a prompt of one's choice the expert's likeliest tokens, coloured by what becomes of them.
 
     `frame` is what `likeliest` returned; `colours` is fate -> name of a colour, in the order of the legend.
@@ -459,6 +493,9 @@ def fates(frame: pd.DataFrame, colours: dict[str, str], title: str, alt: str) ->
     names = [*labels.values()]
     menus = _dropdowns(figure, 8, (names[0], _owned(figure, 0, names, "visible", True, False)))
     most = frame["p"].max()
+    shares_of = frame.groupby("fate")["p"].sum() / frame["p"].sum()
+    said = "; ".join(f"{fate}: {shares_of.get(fate, 0):.0%}" for fate in colours)
+    alt = f"The expert's likeliest tokens at {len(prompts)} prompts, by what becomes of their mass. {said}."
     figure.update_layout(
         barmode="overlay", showlegend=True, height=520, margin_b=110, updatemenus=menus,
         xaxis={"title_text": "probability the expert gives", "range": [0, 1.45 * most]},
