@@ -306,6 +306,20 @@ def firsts_of_pairs(bridge: Bridge) -> dict[int, list[int]]:
     return found
 
 
+def with_firsts(
+    alone: Bridge, firsts: dict[int, int], said: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a bridge places `(n, vocab)` when these expert tokens go to these base tokens, and what that added."""
+    added = torch.zeros(len(said), alone.base.vocab_size, dtype=said.dtype)
+    added.index_add_(1, torch.tensor([*firsts.values()]), said[:, [*firsts]])
+    return all_tokens(alone, said) + added, added
+
+
+def kept(said: torch.Tensor, k: int) -> torch.Tensor:
+    """Only the k likeliest of each row, the others zero."""
+    return torch.zeros_like(said).scatter(1, (top := said.topk(k)).indices, top.values)
+
+
 def written_alike(model: LanguageModel, i: int) -> str:
     """A token as its vocabulary writes it, with a visible space."""
     return str(model.tokenizer.convert_ids_to_tokens(int(i))).replace("Ġ", "▁").replace("Ċ", "⏎")
