@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -202,8 +203,7 @@ class Places:
 
 def target_logits(placed: torch.Tensor, floor: float = TINY) -> torch.Tensor:
     """What was placed `(n, vocab)`, made to sum to 1, as logits; the study's floor is 1e-8 for all tokens."""
-    shares = placed / placed.sum(1, keepdim=True).clamp(min=TINY)
-    return (shares + floor).log()
+    return (spread(placed) + floor).log()
 
 
 def v1(a: Activations, lam: float = 1e-3) -> Adapter:
@@ -242,8 +242,7 @@ def softened(placed: torch.Tensor, own: torch.Tensor, share: float = 0.01) -> to
     Where nothing was placed the base's logit `own` is lowered by one constant: a floor that is the same for all tokens
     would *raise* the unlikely ones.
     """
-    shares = placed / placed.sum(1, keepdim=True).clamp(min=TINY)
-    return (shares + share * own.double().softmax(-1)).log()
+    return mixed_with(placed, own, share).log()
 
 
 def ridged(a: Activations, lam: float = 1e-3) -> Adapter:
@@ -271,6 +270,23 @@ def _adapter(
 ) -> Adapter:
     maps = (part.float() for part in (down, up, bias))
     return Adapter(method, a.final, *maps, a.base.name, a.base.head_hash, fitted_on=a.probes.fingerprints, **kind)
+
+
+def spread(placed: torch.Tensor) -> torch.Tensor:
+    """What was placed `(n, vocab)`, made to sum to 1."""
+    return placed / placed.sum(1, keepdim=True).clamp(min=TINY)
+
+
+def mixed_with(placed: torch.Tensor, own: torch.Tensor, share: float = 0.01) -> torch.Tensor:
+    """The same with a share of the distribution of the base's logits `own`, sums still 1."""
+    return (1 - share) * spread(placed) + share * own.double().softmax(-1)
+
+
+def layer(said: torch.Tensor, wanted: torch.Tensor, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The study's planned distillation layer: ridge from probabilities of some expert tokens to those of the base's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of more tokens than places: the penalty is chosen on others
+        return ridge(Gram.of(said, wanted), lam)
 
 
 def variation(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -437,6 +453,7 @@ def lines(
         figure.add_scatter(
             x=_numbers(rows[x]), name=method, mode="lines+markers", line_color=COLOURS[rows["colour"].iloc[0]],
             meta=[entry], showlegend=True, marker_symbol=rows.get("symbol", pd.Series(["circle"])).iloc[0],
+            line_dash=rows.get("dash", pd.Series(["solid"])).iloc[0],
             hovertemplate=f"<b>{method}</b><br>{x} %{{x}}<br>%{{y}}<extra></extra>",
         )  # fmt: skip
     first = next(iter(quantities))
@@ -542,3 +559,25 @@ def drift_figure(ways: dict[str, NDArray[np.float64]], prompts: Sequence[str], t
 def _short(n: int, prompt: str) -> str:
     """A prompt as an entry of a menu on a telephone."""
     return f"{n + 1}: …{prompt[-26:]}".replace("\n", "⏎")
+
+
+def pairs_map(frame: pd.DataFrame, first: str = "C") -> go.Figure:
+    """What `compare` returned as a map, the expert across and the base up, with a menu for the quantity."""
+    known = [first, *(name for name in frame if name not in ("expert", "base", first))]
+    tables = {name: frame.pivot(index="base", columns="expert", values=name) for name in known}
+    names = {name: f"{name}: mass placed" if len(name) == 1 else name for name in known}
+    figure = go.Figure(layout=STYLES["layouts"]["phase"])
+    figure.layout.coloraxis.update(cmin=0, cmax=1, colorscale=[[0, "#F3F1EC"], [1, "#0072B2"]])
+    figure.layout.coloraxis.colorbar.tickvals = [0, 0.5, 1]
+    for name, table in tables.items():
+        figure.add_heatmap(
+            z=[_numbers(row) for row in table.to_numpy()], x=[*table], y=[*table.index], coloraxis="coloraxis", xgap=2,
+            ygap=2, meta=[names[name]], texttemplate="%{z:.0%}", hoverongaps=False,
+            hovertemplate="expert %{x}, base %{y}<br>" + names[name] + " %{z:.1%}<extra></extra>",
+        )  # fmt: skip
+    entries = [*names.values()]
+    menus = _dropdowns(figure, 8, (entries[0], _owned(figure, 0, entries, "visible", True, False)))
+    worst, best = (getattr(frame[first], end)() for end in ("min", "max"))
+    figure.update_layout(updatemenus=menus, xaxis_title_text="expert", yaxis_title_text="base", margin_b=96)
+    alt = f"{names[first]} for every pair of tokenizers, from {worst:.0%} to {best:.0%}."
+    return _finish(figure, "Between any two tokenizers", alt, above=38)
