@@ -178,6 +178,28 @@ class _Rules(Evidence):
             leaked += self.all("kl", "as_reported", expert=expert, split="test")
         return max(nearest) <= 0.01, max(leaked) <= 0.01
 
+    def generate_and_rescore(self) -> Decision:
+        (low,), (high,) = (self.all("recovered", "ridge", end, split="text") for end in ("low", "high"))
+        (v1,), (own,) = self.all("recovered", "v1", split="test"), self.all("ratio", "own_text", split="test")
+        return high <= 0, own >= 0.5 and v1 < 0 < low
+
+    def vocab_bridge_stage_a(self) -> Decision:
+        strings, placed = (self.all("coverage", kind, split="text")[0] for kind in ("string", "bytes"))
+        (low,), (high,) = (self.all("recovered", "ridge", end, split="text") for end in ("low", "high"))
+        (v1,) = self.all("recovered", "v1", split="test")
+        return placed < 0.5 or high <= 0, placed >= 2 * strings and v1 < 0 < low
+
+    def vocab_bridge_stage_b(self) -> Decision:
+        names = ("string_a", "string", "bytes_a", "bytes")
+        before, after, alone, pairs = (self.all("coverage", kind, split="text")[0] for kind in names)
+        far, near = (self.all("total_variation", kind, split="text")[0] for kind in ("bytes_a", "bytes"))
+        return near >= far, pairs - alone >= 5 * (after - before)
+
+    def vocab_bridge_stage_c(self) -> Decision:
+        (placed,) = self.all("coverage", "segments", split="text")
+        ours, layer = (self.all("total_variation", kind, split="text")[0] for kind in ("segments", "layer"))
+        return placed >= 0.95 and ours <= min(0.05, layer), False
+
     def best_adapter(self) -> Decision:
         of = self.frame[(self.frame["method"] == "v2") & (self.frame["metric"] == "recovered")]
         lows: list[float] = []
