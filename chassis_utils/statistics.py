@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from .activations import Expert, batched, checked_ids
 from .errors import ChassisError
 from .features import Features
+from .foreign import ForeignExpert
 from .models import LanguageModel, Place
 from .probes import Probes
 from .solve import Gram
@@ -89,6 +90,8 @@ def gather(
             not finite, or models whose states at `layer` cannot be subtracted.
     """
     layer = base.layer_number(layer)
+    if isinstance(expert, ForeignExpert):
+        raise ChassisError(f"{expert.name} gives probabilities, of which no sums serve: harvest, and fit to that")
     if positions not in ("last", "all"):
         raise ChassisError(f"positions = '{positions}': choose last or all")
     if layer != base.num_layers and (str(layer).startswith("block") or not same_shape(base, expert)):
