@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import pandas as pd
 import torch
 
-from chassis_utils import Activations, ChassisError, ForeignExpert, Gram, ridge
+from chassis_utils import Activations, ChassisError, ForeignExpert, Gram, LanguageModel, ridge
 from chassis_utils.metrics import kl, ratio_bounds
 from chassis_utils.tokens import ids_of, token_bytes
 
@@ -19,12 +20,17 @@ STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 Answer = Callable[[Activations], torch.Tensor]
 
 
-def _foreign(a: Activations) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whether each place is one where both have an end `(n,)`, and the expert's states at those `(m, hidden)`."""
+def _models(a: Activations) -> tuple[LanguageModel, LanguageModel]:
+    """The expert itself, and the base."""
     if not isinstance(a.expert, ForeignExpert):
         raise ChassisError(f"{a.expert.name} has the base's own tokenizer: harvest beside a ForeignExpert")
-    meet = a.expert_hidden[:, -1] > 0
-    return meet, a.expert_hidden[meet, : a.expert.model.hidden_size]
+    return a.expert.model, a.base
+
+
+def _foreign(a: Activations) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether each place is one where both have an end `(n,)`, and the expert's states at those `(m, hidden)`."""
+    size, meet = _models(a)[0].hidden_size, a.expert_hidden[:, -1] > 0
+    return meet, a.expert_hidden[meet, :size]
 
 
 def _at_meetings(a: Activations, said: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -50,7 +56,7 @@ def embeddings(train: Activations, lam: float = 1e-4) -> Answer:
     An embedding is a token's row of the head. What the expert says is summed up as the mean of the mapped embeddings,
     and the logits are its products with the base's, times the strength that is best on the training places.
     """
-    expert, base = train.expert.model, train.base
+    expert, base = _models(train)
     own, pieces = ids_of(token_bytes(base.tokenizer)[: base.vocab_size]), token_bytes(expert.tokenizer)
     pairs = [(i, own[piece][0]) for i, piece in enumerate(pieces[: expert.vocab_size]) if piece in own]
     theirs, ours = (torch.tensor(side) for side in zip(*pairs, strict=True))
@@ -72,7 +78,7 @@ def bytes_first(train: Activations) -> Answer:
 
     What the expert says of it is exact at an end; which token begins with that byte is left to the base.
     """
-    expert, base = train.expert.model, train.base
+    expert, base = _models(train)
     first = [_first_bytes(model) for model in (expert, base)]
 
     def said(states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -84,7 +90,7 @@ def bytes_first(train: Activations) -> Answer:
     return lambda a: _at_meetings(a, said)
 
 
-def _first_bytes(model) -> torch.Tensor:
+def _first_bytes(model: LanguageModel) -> torch.Tensor:
     """Which byte each token begins with `(vocab, 256)`; tokens of no text begin with none."""
     pieces = token_bytes(model.tokenizer)[: model.vocab_size]
     table = torch.zeros(model.vocab_size, 256)
@@ -99,9 +105,9 @@ def target(a: Activations) -> torch.Tensor:
     return a.expert.readout(a.expert_hidden)
 
 
-def _nats(a: Activations, logits: torch.Tensor) -> float:
-    """Nats of the text that follows, all of it."""
-    there = a.next_token >= 0
+def _nats(a: Activations, logits: torch.Tensor, there: torch.Tensor | None = None) -> float:
+    """Nats of the text that follows, all of it unless some places are told."""
+    there = a.next_token >= 0 if there is None else there
     return float(-logits[there].double().log_softmax(-1).gather(1, a.next_token[there][:, None]).sum())
 
 
@@ -125,3 +131,36 @@ def judged(a: Activations, answers: Mapping[str, Answer], told: str = "text") ->
         row |= {"kl_low": low, "kl_high": high, "recovered_low": 1 - best, "recovered_high": 1 - worst}
         rows.append(row | {"bits_per_byte": _nats(a, said) / math.log(2) / a.num_bytes})
     return pd.DataFrame(rows)
+
+
+def ends(a: Activations) -> pd.DataFrame:
+    """Places where both have an end and where the expert is inside a token, and what the text costs there.
+
+    Returns:
+        Columns `where, places, share`, and `base`, `bridge`: nats of the token that follows, mean.
+    """
+    meet, rows = _foreign(a)[0], []
+    for where, some in (("both have an end", meet), ("inside a token", ~meet)):
+        some = some & (a.next_token >= 0)
+        row = {"where": where, "places": int(some.sum()), "share": float(some.double().mean())}
+        for name, said in (("base", a.base.readout(a.hidden[a.final])), ("bridge", target(a))):
+            row[name] = _nats(a, said, some) / max(1, row["places"])
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def half_way(curve: pd.DataFrame) -> str:
+    """Where a learning curve of `positions` and `closed` reaches one half, or where its last stretch would.
+
+    The last stretch is a line, by least squares, in the logarithm of the positions, over their last factor of four.
+    """
+    curve = curve.sort_values("positions")
+    if (reached := curve[curve["closed"] >= 0.5]).size:
+        return f"Half of the gap is closed after {reached['positions'].iloc[0]:,.0f} positions."
+    last = curve[curve["positions"] * 4 >= curve["positions"].max()]
+    slope, level = np.polyfit(np.log(last["positions"]), last["closed"], 1)
+    at = curve.iloc[-1]
+    told = f"{at['closed']:.0%} of the gap is closed after {at['positions']:,.0f} positions"
+    if slope <= 0:
+        return f"{told}, and no more text closes more."
+    return f"{told}; as the last stretch goes on, half would take {np.exp((0.5 - level) / slope):,.0f}."
