@@ -124,11 +124,20 @@ def judged(a: Activations, answers: Mapping[str, Answer], told: str = "text") ->
     for method, answer in answers.items():
         said = answer(a)
         each = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, prompt, kl(wanted, said))
-        row = {"base": a.base.name, "expert": a.expert.name, "method": method, "rank": None, "layer": a.final}
+        row = {
+            "base": a.base.name,
+            "expert": a.expert.name,
+            "method": method,
+            "rank": None,
+            "layer": a.final,
+            "onto": "final",
+        }
         row |= {"split": told, "probes": a.probes.name, "n": len(a), "kl": float(each.sum()) / len(a)}
         row |= {"kl_identity": float(base.sum()) / len(a), "recovered": 1 - float(each.sum() / base.sum())}
         (low, high), (worst, best) = ratio_bounds(each, sizes), ratio_bounds(each, base)
         row |= {"kl_low": low, "kl_high": high, "recovered_low": 1 - best, "recovered_high": 1 - worst}
+        row |= {"top1_agreement": float((said.argmax(-1) == wanted.argmax(-1)).double().mean())}
+        row |= {"base_revision": a.base.revision, "expert_revision": a.expert.revision}
         rows.append(row | {"bits_per_byte": _nats(a, said) / math.log(2) / a.num_bytes})
     return pd.DataFrame(rows)
 
