@@ -134,7 +134,7 @@ def gather(
         held.update(x[out], y[out])
         some = slice(-passed % every, None, every)
         passed += int(out.sum())
-        kept.append((x[out][some], y[out][some]))
+        kept.append((x[out][some].clone(), y[out][some].clone()))  # a view would keep all that was held out
         bar.update(len(batch))
     bar.close()
     rows = torch.cat([x for x, _ in kept]), torch.cat([y for _, y in kept])
