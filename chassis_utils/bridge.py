@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import copy
 import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache as cached
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -22,12 +25,6 @@ from .tokens import Pieces, ids_of, token_bytes
 STAGES = ("A", "B", "C", "exact")
 #: Continuations that share one forward pass of the expert in stage `exact`.
 WIDTH = 8
-
-#: Options with which a model writes the end of a word, or a whole word, otherwise than its beginnings.
-_UNEVEN = ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "ignore_merges")
-
-_Want = tuple[int, ...]
-_Node = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -60,34 +57,28 @@ class Bridged:
 
 @dataclass
 class Bridge:
-    r"""From an expert's tokens to a base's, by stage.
+    r"""From an expert's tokens to a base's, by stage (rows 14 to 16 of the study).
 
     - `A`: to the base token with the same bytes; of several, to the one that its tokenizer writes (`,` and never
-      `<0x2C>`), in equal shares if it writes none. By `string` with the faults of the study: tokens decoded one by one,
-      the last of equal strings has them all, the expert's 256 likeliest tokens only.
-    - `B`: as A, else to the first of two base tokens that spell it, the pair which a search in the order of ids meets
-      first; by `string` ids below 4,096 and 10 characters at most, as in the study.
+      `<0x2C>`), in equal shares if it writes none. By `string` with the study's faults: tokens decoded one by one, the
+      last of equal strings has them all, the expert's 256 likeliest tokens only.
+    - `B`: as A, else to the first of two base tokens that spell it, the pair of lowest ids; by `string` ids below 4,096
+      and 10 characters at most.
     - `C`: to the first of what the base's tokenizer writes for these bytes, at most `length` tokens; tokens of 1e-6 and
       more which it would not write behind the prompt's last one are crossing.
     - `exact`: q(t) = P(the base's tokens of prompt + continuation are those of the prompt, then t), continuations
-      sampled from the expert; one that leaves t open is followed up, the likeliest first.
+      sampled from the expert; one that leaves t open is followed up, the likeliest first. Mass is *decided* only where
+      no further text can change t: in a word before the last; and in the last, of BPE or Unigram, if its beginnings
+      after which a boundary can stay agree on t (all of it; and where the rest begins longer tokens that can follow,
+      with each of these). Words wait for the next one if their model is another, an unknown normalizer made them, or a
+      regular expression may cut them anew (trailing whitespace, an apostrophe among the last two characters); one with
+      other look-around than `(?!\S)` is certain at the end of a text only. The rest, *undecided*, goes to what the base
+      would write if the text ended there. Added tokens spelled out in a continuation are plain text, bytes that are no
+      UTF-8 U+FFFD, and the expert's end of text is the base's. Float rounding aside, nothing is approximate.
 
-    What is exact there. The base's tokens are what its normalizer, pre-tokenizer and model write for the whole text.
-    Added tokens spelled out in a continuation are plain text, bytes that are no UTF-8 are U+FFFD, and the expert's end
-    of text is the base's. Mass counts as *decided* only where no further text can change t. All words before the last
-    are settled. In the last one, of BPE or Unigram, whatever follows, there is a last boundary at or before its present
-    end, up to which the tokens are those of that beginning alone; so t is decided if all beginnings that leave a proper
-    prefix of a token which can indeed follow agree on it. Words wait for the next one if their model is another, if an
-    unknown normalizer made them, or if a regular expression may cut them anew (trailing whitespace, an apostrophe
-    among the last two characters); an expression with other look-around than `(?!\S)` is certain at the end of a text
-    only. So decided mass is right, and `undecided` bounds the error made by giving the rest to what the base would
-    write if the text ended there. Float rounding aside, nothing else is approximate.
-
-    The tokens of the prompt are given, for either model. With `heal`, where a prompt may end inside a token, each takes
-    back its last `heal` ones: the expert's continuation must begin with the bytes it lost, and the place moves back as
-    many base tokens (covers, as in arXiv 2410.09303 and 2506.14123).
-
-    Source: rows 14 to 16 of the study.
+    The prompt's tokens are given, for either model. With `heal`, where it may end inside a token, each takes back its
+    last `heal` ones: the expert's continuation must begin with the bytes it lost, and the place moves back as many base
+    tokens (covers, as in arXiv 2410.09303 and 2506.14123).
     """
 
     expert: LanguageModel  #: Its tokenizer, and its passes where distributions are not given
@@ -102,20 +93,18 @@ class Bridge:
         if self.stage not in STAGES or self.match not in ("bytes", "string")[: 2 if self.stage in "AB" else 1]:
             raise ChassisError(f"no bridge '{self.stage}' by '{self.match}': {', '.join(STAGES)}; string for A and B")
         if min(self.length, self.budget + 1, self.heal + 1) < 1:
-            given = f"length {self.length}, budget {self.budget}, heal {self.heal}"
-            raise ChassisError(f"no bridge with {given}: give at least 1, 0 and 0")
+            raise ChassisError(f"length {self.length}, budget {self.budget}, heal {self.heal}: give at least 1, 0, 0")
         if self.expert.edits:
             raise ChassisError(f"{self.expert.name} has edits, which the passes of a bridge leave out: give it bare")
-        self._reader, self._pieces = _Reader(self.base), _pieces(self.expert)
+        #: Bytes of each expert token
+        self.pieces, self._reader = token_bytes(self.expert.tokenizer)[: self.expert.vocab_size], _Reader(self.base)
         self._end, none = self.expert.tokenizer.eos_token_id, self.base.vocab_size + 1
         if self.stage == "exact":
-            spoken = sorted((piece, i) for i, piece in enumerate(self._pieces) if piece)
+            spoken = sorted((piece, i) for i, piece in enumerate(self.pieces) if piece)
             self._sorted, self._order = [piece for piece, _ in spoken], np.array([i for _, i in spoken], dtype=int)
-            self._silent = [i for i, piece in enumerate(self._pieces) if not piece and i != self._end]
-            self._branches: dict[_Node, tuple[int, dict[int, _Node]]] = {}
-            self._tables: dict[tuple[int, _Node], NDArray[np.int64]] = {}
+            self._tables: dict[tuple[int, int, int, int], NDArray[np.int64]] = {}
             return
-        given = self._pieces, self._end, self.stage, self.length
+        given = self.pieces, self._end, self.stage, self.length
         homes = self._by_string() if self.match == "string" else self._reader.homes(*given)
         if not any(home for i, home in enumerate(homes) if i != self._end):
             raise ChassisError(f"{self.expert.name} and {self.base.name} share no token: try a later stage")
@@ -127,9 +116,8 @@ class Bridge:
     def _by_string(self) -> list[list[int]]:
         models = (self.expert, self.base)
         expert, base = (model.tokenizer.batch_decode([[i] for i in range(model.vocab_size)]) for model in models)
-        ids, first = {text: [i] for i, text in enumerate(base)}, {}
-        for i, text in enumerate(base[:4096] if self.stage == "B" else ()):
-            first.setdefault(text, i)
+        few = [*enumerate(base)][:4096] if self.stage == "B" else []
+        ids, first = {text: [i] for i, text in enumerate(base)}, {text: i for i, text in reversed(few)}
         return [ids.get(text) or (_spelled(text, first) if len(text) <= 10 else []) for text in expert]
 
     def __call__(self, probabilities: torch.Tensor | None = None, prompts: Sequence[str] | None = None) -> Bridged:
@@ -137,30 +125,27 @@ class Bridge:
 
         Args:
             probabilities: `(n, vocab_expert)`, what the expert says behind each prompt; asked of it unless given.
-            prompts: n texts. A and B need none where there are `probabilities`; C takes what is said to stand in the
-                middle of a text without them; `exact` always needs them.
+            prompts: n texts; `exact` needs them, C without them takes what is said to stand in the middle of a text.
 
         Raises:
-            ChassisError: nothing to go by, numbers that differ, rows that are no distributions, a prompt that is longer
-                than a model or cannot be read.
+            ChassisError: nothing to go by, numbers that differ, no distributions, a prompt that no model can read.
         """
         exact, given = self.stage == "exact", probabilities is not None
         if isinstance(prompts, str) or (prompts is None and (exact or not given)):
             raise ChassisError(f"stage {self.stage} has no prompts to go by: give a list of strings")
         if exact and self.heal and given:
             raise ChassisError("with heal the expert begins before the distributions given: leave them out")
-        ids = [self._ids(i, prompt) for i, prompt in enumerate(prompts)] if exact or not given else None
-        rows = _checked(probabilities, self.expert.vocab_size, prompts) if given else [None] * len(ids)
+        rows = _checked(probabilities, self.expert.vocab_size, prompts) if given else None
+        ids = [self._ids(i, prompt) for i, prompt in enumerate(prompts)] if exact or not given else []
         if exact:
-            found = [self._exact(*one) for one in zip(prompts, ids, rows, strict=True)]
-            mass = np.array([one for one, *_ in found]).reshape(len(found), self.base.vocab_size + 2)
-            undecided = torch.tensor([one for _, one, _ in found], dtype=torch.float64)
-            return Bridged(torch.from_numpy(mass), undecided, torch.tensor([one for *_, one in found]).long())
+            found = [self._exact(*one) for one in zip(prompts, ids, rows if given else [None] * len(ids), strict=True)]
+            mass = np.array([one for one, *_ in found]).reshape(-1, self.base.vocab_size + 2)
+            undecided, passes = np.array([rest for _, *rest in found]).reshape(-1, 2).T
+            return Bridged(torch.from_numpy(mass), torch.tensor(undecided), torch.tensor(passes).long())
         if not given:
-            rows = np.array([_Passes(self.expert, one).first for one in ids]).reshape(-1, self.expert.vocab_size)
+            rows = np.array([self._said([one])[0][0] for one in ids]).reshape(-1, self.expert.vocab_size)
         if self.match == "string":
-            rest = np.argsort(-rows, axis=1, kind="stable")[:, 256:]
-            np.put_along_axis(rows, rest, 0.0, axis=1)
+            np.put_along_axis(rows, np.argsort(-rows, axis=1, kind="stable")[:, 256:], 0.0, axis=1)
         mass = np.ascontiguousarray((self.table.T @ rows.T).T)
         return self._reader.told(mass, prompts if self.stage == "C" else None)
 
@@ -179,191 +164,129 @@ class Bridge:
 
     def _exact(self, prompt: str, ids: list[int], first: NDArray | None) -> tuple[NDArray, float, int]:
         """Best-first look-ahead: mass `(vocab + 2,)`, how much of it is undecided, continuations followed up."""
-        reader, size = self._reader, self.base.vocab_size + 2
-        if (root := reader.root(prompt, self.heal)) >= 0:
-            return np.eye(1, size, root)[0], 0.0, 0
+        reader, size = self._reader, self.base.vocab_size + 3
         start, begin = len(ids) - self.heal, self.expert.tokenizer.bos_token_id
         if start < 1:
             ids, start = ([] if begin in (None, ids[0]) else [begin]) + ids, 1
-        cut = b"".join(self._pieces[i] or b"" for i in ids[start:])
-        passes = _Passes(self.expert, ids[:start], first)
-        # A row is a continuation that is open: its mass, the number of the path before it, its token, the state it
-        # leads to, how many bytes of `cut` are still due.
-        waiting, left, paths, done, decided = np.zeros((0, 5)), [], [], 0, np.zeros(size)
-        batch = [((), 1.0, -1 - root, len(cut), passes.first)]
-        while batch:
-            for path, weight, state, due, row in batch:
-                tokens, codes, dues = self._next(state, cut[len(cut) - due :])
-                mass, placed = weight * row[tokens], codes >= 0
-                decided += np.bincount(codes[placed], mass[placed], size)
-                if not due:
-                    decided[-1] += weight * row[self._silent].sum()
-                    if self._end is not None:
-                        # Nothing is written for no text, not even the space that begins one.
-                        said = prompt or path or reader.end is None
-                        decided[reader.ends[state] if said else reader.end] += weight * row[self._end]
-                new = np.stack([mass, np.full(len(tokens), len(paths)), tokens, -1 - codes, dues], axis=1)[~placed]
-                waiting = np.concatenate([waiting, new])
-                paths.append(path)
+        root = reader.root(prompt, self.heal, b"".join(self.pieces[i] or b"" for i in ids[start:]))
+        if root >= 0:
+            return np.eye(1, size - 1, root)[0], 0.0, 0
+        rows, cache = self._said([ids[:start]])
+        rows = rows if first is None else [first]
+        # An open continuation: its mass, the number of the path before it, its token, the state it leads to.
+        now, waiting, left, paths = np.array([[1.0, 0, 0, -1 - root]]), np.zeros((0, 4)), [], [()]
+        decided = np.zeros(size)
+        while len(now):
+            for number, (row, (weight, *_, to)) in enumerate(zip(rows, now, strict=True), len(paths) - len(now)):
+                state, mass, end = int(to), weight * row[self._order], 0.0 if self._end is None else row[self._end]
+                codes = self._table(state, 0, len(mass), 0)
+                decided += np.bincount(codes[codes >= 0], mass[codes >= 0], size)
+                # Of no text nothing is written, not even what begins every text.
+                last = reader.label(state, True) if prompt or number else reader.end
+                decided[last] += weight * end
+                decided[max(last, size - 2)] += max(0.0, weight * (1 - end) - mass.sum())
+                new = np.stack([mass, np.full(len(mass), number), self._order, -1 - codes], axis=1)
+                waiting = np.concatenate([waiting, new[codes < 0]])
             # What is lighter than as many others as can still be followed up never will be.
-            room = self.budget - done if start + len(max(paths, key=len)) < self.expert.context else 0
+            room = self.budget + 1 - len(paths) if start + max(map(len, paths)) < self.expert.context else 0
             waiting = waiting[np.argsort(-waiting[:, 0], kind="stable")]
             left.append(waiting[room:])
             now, waiting = waiting[: min(room, WIDTH)], waiting[min(room, WIDTH) : room]
-            several = [(*paths[int(before)], int(token)) for _, before, token, _, _ in now]
-            rows, done = passes(several) if several else (), done + len(now)
-            batch = [(p, w[0], int(w[3]), int(w[4]), r) for p, w, r in zip(several, now, rows, strict=True)]
-        rest = np.concatenate(left)
-        shared = np.bincount(np.array(reader.likely)[rest[:, 3].astype(int)], rest[:, 0], size)
+            more = [(*paths[int(before)], int(token)) for _, before, token, _ in now]
+            paths += more
+            rows = self._said([[*(() if cache else ids[:start]), *path] for path in more], cache)[0] if more else []
+        rest, decided = np.concatenate(left), decided[:-1]
+        shared = np.bincount(np.vectorize(reader.label, otypes=[int])(rest[:, 3].astype(int)), rest[:, 0], size - 1)
         if not (whole := decided.sum() + shared.sum()):  # The expert never says what was cut.
             shared[-1] = whole = 1.0
-        return (decided + shared) / whole, float(shared.sum() / whole), done
+        return (decided + shared) / whole, float(shared.sum() / whole), len(paths) - 1
 
-    def _next(self, state: int, due: bytes) -> tuple[NDArray, NDArray, NDArray]:
-        """Tokens that can come, the code of where each leads, and the bytes that are due after it."""
-        node, early = (0, len(self._sorted), 0), []
-        for n, byte in enumerate(due):
-            ends, below = self._branch(node)
-            early += [(i, -1 - state, len(due) - n) for i in self._order[node[0] : ends]]
-            node = below.get(byte, (0, 0, 0))
-        tokens = self._order[node[0] : node[1]]
-        some = np.stack([tokens, self._table(state, node), np.zeros(len(tokens), dtype=int)])
-        return tuple(np.concatenate([some, np.array(early, dtype=int).reshape(-1, 3).T], axis=1))
-
-    def _table(self, state: int, node: _Node) -> NDArray[np.int64]:
-        """Code of where each expert token below a node leads from a state."""
-        if (codes := self._tables.get((state, node))) is None:
-            codes = np.full(node[1] - node[0], -1 - state)
-            for byte, child in self._branch(node)[1].items() if len(codes) else ():
-                code = self._reader.step(state, byte)
-                below = code if code >= 0 else self._table(-1 - code, child)
-                codes[child[0] - node[0] : child[1] - node[0]] = below
-            self._tables[state, node] = codes
-        return codes
-
-    def _branch(self, node: _Node) -> tuple[int, dict[int, _Node]]:
-        """A node of the trie is a range of sorted tokens that share `depth` bytes: where those end that have no more,
-        and the nodes below by their next byte.
-        """  # noqa: D205
-        if node not in self._branches:
-            at, high, depth = node
-            while at < high and len(self._sorted[at]) == depth:
-                at += 1
-            ends, below = at, {}
-            while at < high:
-                byte, low = self._sorted[at][depth], at
-                at = bisect_right(self._sorted, byte, low, high, key=lambda piece: piece[depth])
-                below[byte] = (low, at, depth + 1)
-            self._branches[node] = ends, below
-        return self._branches[node]
-
-
-class _Passes:
-    """An expert behind one prompt, which it reads once."""
-
-    def __init__(self, expert: LanguageModel, ids: list[int], first: NDArray | None = None) -> None:
-        self.expert, self.ids, self.cache = expert, ids, None
-        rows, cache = self._run([ids])
-        self.first = rows[0] if first is None else first
-        if expert.keeps_cache:
-            cache.batch_repeat_interleave(WIDTH)
-            self.cache = cache
-
-    def __call__(self, paths: list[tuple[int, ...]]) -> NDArray[np.float64]:
-        """Distributions `(len(paths), vocab)` behind each path of tokens."""
-        rows = [[*([] if self.cache else self.ids), *path] for path in paths]
-        # The cache holds as many rows as fit in a pass.
-        found, _ = self._run(rows + rows[:1] * (WIDTH - len(rows)))
-        if self.cache:
-            self.cache.crop(-max(map(len, rows)))
-        return found[: len(paths)]
-
-    def _run(self, rows: list[list[int]]) -> tuple[NDArray[np.float64], object]:
-        most = max(map(len, rows))
+    def _said(self, rows: list[list[int]], cache: Any = None) -> tuple[NDArray[np.float64], Any]:
+        """What the expert says behind each row of tokens `(n, vocab)`, all behind what its cache holds; the cache."""
+        ends, keep = [len(row) - 1 for row in rows], self.expert.keeps_cache
+        if cache:
+            cache = copy.deepcopy(cache)
+            cache.batch_repeat_interleave(len(rows))
         # Nothing sees what stands behind it, so shorter rows need no mask.
-        ids = torch.tensor([row + [0] * (most - len(row)) for row in rows], device=self.expert.device)
+        ids = torch.tensor([row + [0] * (max(ends) + 1 - len(row)) for row in rows], device=self.expert.device)
         with torch.inference_mode():
-            keep = self.expert.keeps_cache
-            out = self.expert.backbone(input_ids=ids, past_key_values=self.cache, use_cache=keep)
-            last = out.last_hidden_state[range(len(rows)), [len(row) - 1 for row in rows]].float()
-            logits = self.expert.readout(last).double()
+            out = self.expert.backbone(input_ids=ids, past_key_values=cache, use_cache=keep)
+            logits = self.expert.readout(out.last_hidden_state[range(len(rows)), ends].float()).double()
         return logits.softmax(-1).cpu().numpy(), out.past_key_values if keep else None
+
+    def _table(self, state: int, low: int, high: int, depth: int) -> NDArray[np.int64]:
+        """Code of where each token of a range that shares `depth` bytes leads from a state that has read them."""
+        if (codes := self._tables.get((state, low, high, depth))) is None:
+            codes = self._tables[state, low, high, depth] = np.full(high - low, -1 - state)
+            at = low if low == high else bisect_right(self._sorted, self._sorted[low][:depth], low, high)
+            while at < high:
+                byte, begin = self._sorted[at][depth], at
+                at = bisect_right(self._sorted, byte, at, high, key=lambda piece: piece[depth])
+                code = self._reader.step(state, byte)
+                codes[begin - low : at - low] = code if code >= 0 else self._table(-1 - code, begin, at, depth + 1)
+        return codes
 
 
 class _Reader:
     """How a base's tokenizer reads a text that still grows.
 
     A *state* is the text from the last settled place on and the base tokens that must come first. A *label* is the base
-    token behind those, `vocab` if others come (crossing), `vocab + 1` if none does. A *code* is a label where no
-    further text can change it, else -1 - the number of the state.
+    token behind those, `vocab` if others come (crossing), `vocab + 1` if none does, `vocab + 2` if the text is not what
+    is due after the prompt. A *code* is a label where no further text can change it, else -1 - the number of the state.
     """
 
     def __init__(self, base: LanguageModel) -> None:
         if not getattr(base.tokenizer, "is_fast", False):
             raise ChassisError(f"{base.name} has a slow tokenizer, whose rules cannot be read: use its fast version")
-        self.name, self.size, self.pieces, self.end = (
-            base.name, base.vocab_size, _pieces(base), base.tokenizer.eos_token_id,
-        )  # fmt: skip
-        table = json.loads(base.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-        self._whole = Tokenizer.from_str(json.dumps(table))
-        # The same without what is added at the beginning of a text.
-        changes = [r for r in _rules(table["normalizer"], "normalizers") if r["type"] != "Prepend"]
-        splits, model = _rules(table["pre_tokenizer"], "pretokenizers"), table["model"]
-        for rule in splits:
-            rule |= {
-                key: value for key, value in (("prepend_scheme", "never"), ("add_prefix_space", False)) if key in rule
-            }
-        table |= {"normalizer": {"type": "Sequence", "normalizers": changes} if changes else None, "added_tokens": []}
-        table |= {"pre_tokenizer": {"type": "Sequence", "pretokenizers": splits} if splits else None}
+        self.name, self.size, self.tokenizer = base.name, base.vocab_size, base.tokenizer
+        end, self.pieces = base.tokenizer.eos_token_id, token_bytes(base.tokenizer)[: base.vocab_size]
+        self.end = base.vocab_size + 1 if end is None else end
+        table, self._added = json.loads(base.tokenizer.backend_tokenizer.to_str()), base.tokenizer.added_tokens_decoder
+        # This reads the middle of a text: what is added at the beginning of one is left out.
+        changes = [rule for rule in _rules(table["normalizer"]) if rule["type"] != "Prepend"]
+        splits, model = _rules(table["pre_tokenizer"]), table["model"]
+        middle = {"add_prefix_space": False, "prepend_scheme": "never"}
+        splits = [{key: middle.get(key, value) for key, value in rule.items()} for rule in splits]
+        table |= {"normalizer": {"type": "Sequence", "normalizers": changes}, "truncation": None, "padding": None}
+        table |= {"pre_tokenizer": {"type": "Sequence", "pretokenizers": splits}, "added_tokens": []}
         self._middle = Tokenizer.from_str(json.dumps(table | {"post_processor": None}))
-        self._model = self._middle.model
         # Letters exchanged one for one: such a text may be cut and joined anywhere.
-        self._plain = all(
-            len(r.get("pattern", {}).get("String", "")) == len(r.get("content", "")) == 1 for r in changes
-        )
-        patterns = [str(r["pattern"].get("Regex", "")) for r in splits if r["type"] == "Split"]
-        self._searches = bool(patterns) or any(r["type"] == "ByteLevel" and r["use_regex"] for r in splits)
-        self._certain = not any(re.search(r"\(\?(?:[=<]|!(?!\\S\)))", pattern) for pattern in patterns)
-        marks = any(model.get(key) for key in _UNEVEN)
-        self._bpe = model["type"] == "BPE"
-        self._grows = self._plain and not marks and model["type"] in ("BPE", "Unigram")
-        vocab = model["vocab"] if self._grows else ()
-        written = {"".join(pair) for pair in model["merges"]} if self._bpe and vocab else {piece for piece, *_ in vocab}
-        self._written = sorted(written)
+        exchanged = [(rule.get("pattern", {}).get("String", ""), rule.get("content", "")) for rule in changes]
+        self._plain = all(len(old) == len(new) == 1 for old, new in exchanged)
+        patterns = [str(rule["pattern"].get("Regex", "")) for rule in splits if rule["type"] == "Split"]
+        searches = bool(patterns) or any(rule["type"] == "ByteLevel" and rule["use_regex"] for rule in splits)
+        looks = any(re.search(r"\(\?(?:[=<]|!(?!\\S\)))", pattern) for pattern in patterns)
+        #: What an expression may cut anew at the end of a text: all, or as said in `Bridge`.
+        self._late = re.compile(r"\A" if looks else r".?'.?\Z|\s*\Z" if searches else r"\Z", re.DOTALL)
+        # These write the end of a word, or a whole word, otherwise than its beginnings.
+        uneven = ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "ignore_merges")
+        self._grows = self._plain and model["type"] in ("BPE", "Unigram") and not any(map(model.get, uneven))
+        # Elsewhere a word's letters are others than the text's, the rest may be read otherwise, unknown letters melt.
+        kinds, bpe = {rule["type"] for rule in splits}, model["type"] == "BPE"
+        self._cuts = self._grows and bpe and model["byte_fallback"] and kinds <= {"Metaspace", "Digits"}
+        names = ("".join(pair) for pair in model["merges"]) if bpe else (piece for piece, *_ in model["vocab"])
+        self._written = sorted(set(names)) if self._grows else []
         self._begins = {piece[:n] for piece in self._written for n in range(1, len(piece))}
-        self._longest, self._letters = max(map(len, self._written), default=1), set().union(*self._written)
-        self._pairs = {piece[n : n + 2] for piece in self._written for n in range(len(piece) - 1)}
-        # Letters of a byte-level word are no letters of the text: it is not cut where no token holds two side by side.
-        self._cuts = self._grows and self._bpe and not any(rule["type"] == "ByteLevel" for rule in splits)
-        self._names = base.tokenizer.convert_ids_to_tokens(list(range(self.size)))
-        self._heads = np.array([(name or "")[:1] for name in self._names])
-        self._known: dict[str, list[int]] = {}
-        self._codes: dict[tuple[bytes, _Want], int] = {}
-        self._longer: dict[tuple[_Want, str], bool] = {}
-        self._follow: dict[int, NDArray[np.int64]] = {}
-        self.states: list[tuple[bytes, _Want]] = []
-        self.likely: list[int] = []  #: Label of each state if nothing followed
-        self.ends: list[int] = []  #: And if the expert ended its text
+        self._states, self._numbers, self._follow = [], {}, {}
+        # A cache that goes when the reader does.
+        self._tokens, self._changes, self.label = map(cached, (self._tokens, self._changes, self.label))
 
     def written(self, pieces: Sequence[bytes | None]) -> list[list[int]]:
         """Base tokens of each of these in the middle of a text; none for part of a character."""
-        texts = {i: _decoded(piece)[0] for i, piece in enumerate(pieces) if piece}
-        whole = [i for i, text in texts.items() if text.encode() == pieces[i]]
-        found = self._middle.encode_batch_fast([texts[i] for i in whole], add_special_tokens=False)
-        ids = dict(zip(whole, (one.ids for one in found), strict=True))
-        return [ids.get(i, []) for i in range(len(pieces))]
+        texts = [(piece or b"").decode("utf-8", "replace") for piece in pieces]
+        found = zip(self._middle.encode_batch_fast(texts), texts, pieces, strict=True)
+        return [one.ids if text.encode() == piece else [] for one, text, piece in found]
 
     def homes(self, pieces: Pieces, end: int | None, stage: str = "C", length: int = 4) -> list[list[int]]:
         """Base tokens that each of these goes to by a stage's rule, see `Bridge`; number `end` is the end of text."""
         own = ids_of(self.pieces)
         first, homes = {piece: ids[0] for piece, ids in own.items()}, []
         for piece, ids in zip(pieces, self.written(pieces), strict=True):
-            homes.append(ids if len(ids) == 1 and ids[0] in own.get(piece, ()) else own.get(piece, []))
+            same = own.get(piece) or (_spelled(piece or b"", first) if stage == "B" else [])
+            homes.append(ids if len(ids) == 1 and ids[0] in same else same)
             if stage == "C" and ids:
                 homes[-1] = ids[:1] if len(ids) <= length else []
-            elif stage == "B" and piece and not homes[-1]:
-                homes[-1] = _spelled(piece, first)
-        if end is not None and self.end is not None:
+        if end is not None:
             homes[end] = [self.end]
         return homes
 
@@ -373,132 +296,105 @@ class _Reader:
         for row, prompt in zip(mass, prompts or (), strict=False):
             some = np.flatnonzero(row[:-2] >= 1e-6)
             melted = some[~self.follow(prompt, some)]
-            row[-2] += row[melted].sum()
-            row[melted] = 0.0
+            row[-2], row[melted] = row[-2] + row[melted].sum(), 0.0
         return Bridged(torch.from_numpy(mass), torch.ones(len(mass)).double(), torch.zeros(len(mass)).long())
 
     def follow(self, prompt: str, tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether each of these base tokens can stand behind the prompt's last one, as far as whole characters go."""
-        last = self._whole.encode(prompt, add_special_tokens=False).ids[-1:]
+        last = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"][-1:]
         before = (self.pieces[last[0]] if last else None) or b""
         if not before or self.written([before]) != [last]:
             return np.ones(len(tokens), dtype=bool)
-        if last[0] not in self._follow:
-            # No token has these letters side by side, the last of this one and the first of those.
-            end = self._names[last[0]][-1:]
-            apart = self._cuts * ~np.isin(self._heads, [pair[1] for pair in self._pairs if pair[0] == end])
-            self._follow[last[0]] = np.where(apart, 1, -1)
-        known = self._follow[last[0]]
+        known = self._follow.setdefault(last[0], np.full(self.size, -1))
         new = tokens[known[tokens] < 0]
-        together = self.written([before + (self.pieces[i] or b"") for i in new])
-        pieces = [[self.pieces[i] for i in ids] for ids in together]
-        known[new] = [not p or p == [before, self.pieces[i] or b""][: len(p)] for p, i in zip(pieces, new, strict=True)]
+        for i, ids in zip(new, self.written([before + (self.pieces[i] or b"") for i in new]), strict=True):
+            known[i] = [self.pieces[j] for j in ids] in ([], [before], [before, self.pieces[i]])
         return known[tokens] > 0
 
-    def root(self, prompt: str, heal: int) -> int:
-        """Code of a prompt, whose last `heal` tokens are open again."""
-        whole = self._whole.encode(prompt or "a", add_special_tokens=False).ids
-        for lead in ("", " "):
-            text, words = self._words(lead + (prompt or "a"))
-            start = self._open(text, words)[1]
-            while len(ids := self._ids(text[start:])) < heal and start:
-                start = max(place for place in (0, *(place for _, place in words)) if place < start)
-            if whole[len(whole) - len(ids) :] == ids and (start or len(ids) == len(whole)):
-                if not prompt:  # What begins every text is not yet written.
-                    return self._state((lead.encode(), ()))
-                raw = text[start:] if self._plain else lead + prompt
-                return self._code(raw.encode(), tuple(ids[: max(0, len(ids) - heal)]))
-        raise ChassisError(f"{self.name}: {prompt[-20:]!r} ends in a special or added token: end the prompt in text")
+    def root(self, prompt: str, heal: int, due: bytes = b"") -> int:
+        """Code of a prompt, whose last `heal` tokens are open again and behind which its last bytes are due again."""
+        own = self.tokenizer(prompt or "a", add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        whole, ends = own["input_ids"], [0, *(end for _, end in own["offset_mapping"])]
+        # What stands behind the last added token is read for itself.
+        tail = 1 + max([n for n, i in enumerate(whole) if i in self._added], default=-1)
+        rest, whole = (prompt or "a")[ends[tail] :], whole[tail:]
+        lead = next((lead for lead in ("", " ") if self._middle.encode(lead + rest).ids == whole), None)
+        if lead is None or (tail and len(whole) < max(1, heal)):
+            raise ChassisError(f"{self.name}: {prompt[-20:]!r} ends in a special or added token: end it in text")
+        if not prompt:  # What begins every text is not yet written.
+            return self._state(lead.encode(), (), due)
+        if not self._plain:
+            return self._code((lead + rest).encode(), tuple(whole[: max(0, len(whole) - heal)]), due)
+        text, words = self._words(lead + rest)
+        start = self._open(text, words)[1]
+        while len(ids := self._middle.encode(text[start:]).ids) < heal and start:
+            start = max([place for _, place in words if place < start], default=0)
+        return self._code(text[start:].encode(), tuple(ids[: max(0, len(ids) - heal)]), due)
 
     def step(self, state: int, byte: int) -> int:
         """Code of a state's text and one byte more."""
-        raw, want = self.states[state]
-        return self._code(raw + bytes([byte]), want)
+        raw, want, due = self._states[state]
+        if due and due[0] != byte:
+            return self.size + 2
+        return self._code(raw if due else raw + bytes([byte]), want, due[1:])
 
-    def _code(self, raw: bytes, want: _Want) -> int:
-        if (code := self._codes.get((raw, want))) is None:
-            text, late = _decoded(raw)
-            text, words = self._words(text)
-            closed, start, growing = self._open(text, words)
-            code, left = _label([i for word in closed for i in self._tokens(word)], want, self.size)
-            if code is None and growing:
-                code = self._settled(growing, left)
-            if code is None:
-                code = self._state((text[start:].encode() + late, left) if self._plain else (raw, want))
-            self._codes[raw, want] = code
-        return code
+    def label(self, state: int, ended: bool = False) -> int:
+        """Label of a state if nothing followed, or if the expert ended its text."""
+        raw, want, due = self._states[state]
+        ids = self._middle.encode(raw.decode("utf-8", "replace")).ids
+        label = self.size + 2 if due and ended else _label(ids + [self.end] * ended, want, self.size)[0]
+        return self.size + 1 if label is None else label
 
-    def _state(self, state: tuple[bytes, _Want]) -> int:
+    def _code(self, raw: bytes, want: tuple[int, ...], due: bytes) -> int:
+        text, used = codecs.utf_8_decode(raw, "replace")
+        text, words = self._words(text)
+        settled, start, beginnings = self._open(text, words)
+        code, left = _label(settled, want, self.size)
+        if code is None and beginnings:
+            *labels, code = (_label(self._tokens(begin), left, self.size)[0] for begin, _ in beginnings)
+            others = [one for one, label in zip(beginnings, labels, strict=False) if label != code]
+            code = None if code is None or any(self._changes(*one, left, code) for one in others) else code
+        if code is None and self._plain and not due:
+            raw, want = text[start:].encode() + raw[used:], left
+        return self._state(raw, want, due) if code is None else code
+
+    def _state(self, *state: Any) -> int:
         """Code of an open state, entered if it is new."""
-        code = self._codes.setdefault(state, -1 - len(self.states))
-        if -1 - code == len(self.states):
-            ids = self._ids(state[0].decode("utf-8", "replace"))
-            for labels, end in ((self.likely, []), (self.ends, [] if self.end is None else [self.end])):
-                label = _label(ids + end, state[1], self.size)[0]
-                labels.append(self.size + 1 if label is None else label)
-            self.states.append(state)
-        return code
+        number = self._numbers.setdefault(state, len(self._states))
+        self._states += [state] * (number == len(self._states))
+        return -1 - number
 
-    def _settled(self, word: str, want: _Want) -> int | None:
-        """Label of a word that can only grow, if it has it whatever follows; see `Bridge`."""
-        label = _label(self._tokens(word), want, self.size)[0]
-        if label is None:
-            return None
-        for n in range(max(0, len(word) - self._longest), len(word)):
-            if word[n:] in self._begins and _label(self._tokens(word[:n]), want, self.size)[0] != label:
-                if self._has_longer(word[:n], word[n:]):
-                    return None
-        return label
-
-    def _has_longer(self, left: str, right: str) -> bool:
-        """Whether a token that is longer than `right` and begins with it can follow `left`."""
-        known = self._tokens(left)
-        # In BPE a boundary depends on the two tokens beside it only.
-        key = (tuple(known[-1:] if self._bpe else known), right)
-        if key not in self._longer:
-            low, high = bisect_right(self._written, right), bisect_left(self._written, right + chr(0x10FFFF))
-            several = (self._tokens(left + piece) for piece in self._written[low : min(high, low + 256)])
-            self._longer[key] = high > low + 256 or any(ids[:-1] == known and ids != known for ids in several)
-        return self._longer[key]
-
-    def _open(self, text: str, words: list[tuple[str, int]]) -> tuple[list[str], int, str | None]:
-        """Words that are settled, where the rest begins, and the rest where it is one word that can only grow."""
-        if not words or not self._certain:
-            return [], 0, None
-        n, growing = len(words) - 1, self._grows
-        if self._searches:
-            edge = len(text.rstrip())
-            if (mark := text.find("'", max(0, len(text) - 2))) >= 0:
-                edge = min(edge, mark - 1)
-            ends = [*(start for _, start in words[1:]), len(text)]
-            n = min(n, bisect_right(ends, edge))
-            growing = growing and edge == len(text)
-        word, start = words[n]
-        closed = [one for one, _ in words[:n]]
-        if self._cuts:
-            # No token holds these two letters side by side: between them is a boundary.
-            at = (i for i in range(len(word) - 1, 0, -1) if word[i - 1 : i + 1] not in self._pairs)
-            cut = next((i for i in at if {word[i - 1], word[i]} <= self._letters), 0)
-            closed, start, word = [*closed, word[:cut]], start + cut, word[cut:]
-        return closed, start, word if growing else None
+    def _changes(self, left: str, right: str, want: tuple[int, ...], code: int) -> bool:
+        """Whether a token that is longer than `right` and begins with it can follow `left` and change a label."""
+        low, high = bisect_right(self._written, right), bisect_left(self._written, right + chr(0x10FFFF))
+        known, several = self._tokens(left), (self._tokens(left + piece) for piece in self._written[low:high])
+        longer = (_label(ids, want, self.size)[0] for ids in several if ids[:-1] == known != ids)
+        return high > low + 256 or any(label != code for label in longer)
 
     def _words(self, text: str) -> tuple[str, list[tuple[str, int]]]:
         """The normalized text, and its words in the model's letters with the place where each begins."""
-        normalizer, splitter = self._middle.normalizer, self._middle.pre_tokenizer
-        text = normalizer.normalize_str(text) if normalizer else text
-        whole = [(text, (0, len(text)))] if text else []
-        return text, [(word, at[0]) for word, at in (splitter.pre_tokenize_str(text) if splitter else whole)]
+        text = self._middle.normalizer.normalize_str(text)
+        words = [(word, at[0]) for word, at in self._middle.pre_tokenizer.pre_tokenize_str(text) if word]
+        return text, words or [("", 0)]
+
+    def _open(self, text: str, words: list[tuple[str, int]]) -> tuple[list[int], int, list[tuple[str, str]]]:
+        """Tokens that are settled, where the rest begins, and its beginnings that may stay, each with what is left."""
+        edge = self._late.search(text).start()
+        n = max(0, bisect_right(words, edge, key=lambda word: word[1]) - 1)
+        word, start = words[n][0], words[n][1] if n else 0
+        ends = [n for n in range(len(word)) if word[n:] in self._begins] + [len(word)]
+        # After the shortest of its beginnings is a boundary if the others go on from it.
+        first = self._tokens(word[: ends[0]])
+        cut = ends[0] if self._cuts and all(self._tokens(word[:n])[: len(first)] == first for n in ends) else 0
+        settled = [i for one in [*(one for one, _ in words[:n]), word[:cut]] for i in self._tokens(one)]
+        beginnings = [(word[cut:n], word[n:]) for n in ends] if self._grows and edge == len(text) else []
+        return settled, start + cut, beginnings
 
     def _tokens(self, word: str) -> list[int]:
-        if word not in self._known:
-            self._known[word] = [token.id for token in self._model.tokenize(word)] if word else []
-        return self._known[word]
-
-    def _ids(self, text: str) -> list[int]:
-        return [i for word, _ in self._words(text)[1] for i in self._tokens(word)]
+        return [token.id for token in self._middle.model.tokenize(word)] if word else []
 
 
-def _label(ids: Sequence[int], want: _Want, size: int) -> tuple[int | None, _Want]:
+def _label(ids: Sequence[int], want: tuple[int, ...], size: int) -> tuple[int | None, tuple[int, ...]]:
     """Label of a text with these tokens, none if they are too few, and what must still come before it."""
     n = min(len(ids), len(want))
     if tuple(ids[:n]) != want[:n]:
@@ -512,32 +408,19 @@ def _spelled(word: str | bytes, ids: dict) -> list[int]:
     return [min(firsts)] if firsts else []
 
 
-def _pieces(model: LanguageModel) -> Pieces:
-    """Bytes of every row of the head."""
-    pieces = token_bytes(model.tokenizer)[: model.vocab_size]
-    return pieces + [None] * (model.vocab_size - len(pieces))
-
-
-def _rules(table: dict | None, parts: str) -> list[dict]:
-    """The steps of a normalizer or a pre-tokenizer."""
-    if table is None or table["type"] != "Sequence":
-        return [table] if table else []
-    return [rule for one in table[parts] for rule in _rules(one, parts)]
-
-
-def _decoded(raw: bytes) -> tuple[str, bytes]:
-    """Text, and the bytes at its end that begin a character."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    return decoder.decode(raw), decoder.getstate()[0]
+def _rules(step: dict | None) -> list[dict]:
+    """A normalizer or a pre-tokenizer without what holds its steps together."""
+    steps = (step or {}).get("normalizers", (step or {}).get("pretokenizers"))
+    return [step] if step and steps is None else [rule for one in steps or () for rule in _rules(one)]
 
 
 def _checked(probabilities: torch.Tensor, size: int, prompts: Sequence[str] | None) -> NDArray[np.float64]:
     """Distributions in float64, made to sum to one exactly."""
     rows = torch.as_tensor(probabilities).detach().cpu().double().numpy()
     if rows.ndim != 2 or rows.shape[1] != size or (prompts is not None and len(rows) != len(prompts)):
-        wanted = f"({'n' if prompts is None else len(prompts)}, {size})"
+        wanted = ("n" if prompts is None else len(prompts), size)
         raise ChassisError(f"the distributions have shape {rows.shape}: give {wanted}, no padded rows of a head")
     sums = rows.sum(1, keepdims=True)
-    if wrong := [s for s, row in zip(sums[:, 0], rows, strict=True) if not (abs(s - 1) <= 1e-3 and row.min() >= 0)]:
-        raise ChassisError(f"a row is no distribution (sum {wrong[0]:.4g}): give probabilities, softmax of logits")
+    if len(wrong := sums[~((abs(sums[:, 0] - 1) <= 1e-3) & (rows.min(1) >= 0))]):
+        raise ChassisError(f"a row is no distribution (sum {wrong[0, 0]:.4g}): give probabilities, softmax of logits")
     return rows / sums
