@@ -65,11 +65,14 @@ def flows(bridge: Bridge, places: Places, top: int = 6) -> pd.DataFrame:
 
 
 def flow_figure(frame: pd.DataFrame, title: str) -> go.Figure:
-    """What `flows` returned, from the expert's tokens through shared bytes to the base's, a menu for the prompt."""
-    figure, prompts = go.Figure(), [*frame["prompt"].unique()]
-    names = [_short(n, prompt) for n, prompt in enumerate(prompts)]
-    for name, prompt in zip(names, prompts, strict=True):
-        rows, nodes, links = frame[frame["prompt"] == prompt], {}, []
+    """What `flows` returned, from the expert's tokens through shared bytes to the base's, a menu for the prompt.
+
+    Only tokens that were followed are drawn: the menu tells their share of the mass.
+    """
+    figure, names = go.Figure(), []
+    for n, (prompt, rows) in enumerate(frame[frame["fate"] != "not followed"].groupby("prompt", sort=False)):
+        nodes, links = {}, []
+        names.append(name := f"{_short(n, prompt)} ({rows['mass'].sum():.0%})")
         for side, (start, stop) in enumerate((("token", "bytes"), ("bytes", "to"))):
             for (a, b, fate), mass in rows.groupby([start, stop, "fate"], sort=False)["mass"].sum().items():
                 ends = [nodes.setdefault((side + n, one), len(nodes)) for n, one in enumerate((a, b))]
@@ -77,14 +80,14 @@ def flow_figure(frame: pd.DataFrame, title: str) -> go.Figure:
         sources, targets, masses, fates = zip(*links, strict=True)
         figure.add_sankey(
             meta=[name], arrangement="snap",
-            node={"label": [_label(one) for _, one in nodes], "pad": 10, "thickness": 8, "color": COLOURS["grey"],
+            node={"label": [_label(one) for _, one in nodes], "pad": 16, "thickness": 8, "color": COLOURS["grey"],
                   "line": {"width": 0}, "hovertemplate": "%{label}: %{value:.3f}<extra></extra>"},
             link={"source": sources, "target": targets, "value": _numbers(masses), "customdata": fates,
                   "color": [_pale(COLOURS[FATES[fate]]) for fate in fates],
                   "hovertemplate": "%{source.label} to %{target.label}<br>%{value:.3f}, %{customdata}<extra></extra>"},
         )  # fmt: skip
     menus = _dropdowns(figure, 8, (names[0], _owned(figure, 0, names, "visible", True, False)))
-    said = frame.groupby("fate")["mass"].sum() / len(prompts)
+    said = frame.groupby("fate")["mass"].sum() / len(names)
     alt = "Mass from the expert's tokens to the base's; mean of the prompts: "
     alt += "; ".join(f"{fate} {said.get(fate, 0):.0%}" for fate in FATES)
     figure.update_layout(updatemenus=menus, height=520, margin={"l": 8, "r": 8, "b": 12}, font_size=11)
