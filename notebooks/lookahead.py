@@ -46,22 +46,20 @@ def flows(bridge: Bridge, places: Places, top: int = 6) -> pd.DataFrame:
         found = bridge(alone, [prompt] * top).mass * mass[:, None]
         for i, row in zip(tokens.tolist(), found, strict=True):
             begin, token = pieces[i] or b"", "end of text" if i == end else written_alike(expert, i)
-            likely = [j for j in row[:-2].argsort(descending=True)[:top].tolist() if float(row[j]) >= LEAST_SHARE]
-            for j in likely:
+            likely = {j for j in row[:-2].argsort(descending=True)[:top].tolist() if float(row[j]) >= LEAST_SHARE}
+            for j in (row[:-2] > LEAST_DRAWN).nonzero()[:, 0].tolist():
                 other = own[j] or b""
                 shared = os.path.commonprefix([begin, other])
                 fate = "same bytes" if begin == other else "longer token" if shared == begin else "shorter token"
                 to = "end of text" if j == base.tokenizer.eos_token_id else written_alike(base, j)
-                rows.append((prompt, token, _visible(shared) or to, to, fate, float(row[j])))
-            thin = float(row[:-2].sum() - row[likely].sum())
-            for to, fate, share in (
-                ("other tokens", "longer token", thin), ("across the end", "across the end", float(row[-2])),
-                ("no token", "no token", float(row[-1])),
-            ):  # fmt: skip
+                where = (_visible(shared) or to, to) if j in likely else (_visible(begin) or token, "other tokens")
+                rows.append((prompt, token, *where, fate, float(row[j])))
+            for to, share in (("across the end", float(row[-2])), ("no token", float(row[-1]))):
                 if share > 1e-4:
-                    rows.append((prompt, token, _visible(begin) or token, to, fate, share))
+                    rows.append((prompt, token, _visible(begin) or token, to, to, share))
         rows.append((prompt, "others", "…", "not followed", "not followed", float(1 - mass.sum())))
-    return pd.DataFrame(rows, columns=["prompt", "token", "bytes", "to", "fate", "mass"])
+    frame = pd.DataFrame(rows, columns=["prompt", "token", "bytes", "to", "fate", "mass"])
+    return frame.groupby([*frame][:-1], sort=False, as_index=False).sum()
 
 
 def flow_figure(frame: pd.DataFrame, title: str) -> go.Figure:
@@ -90,6 +88,8 @@ def flow_figure(frame: pd.DataFrame, title: str) -> go.Figure:
     said = frame.groupby("fate")["mass"].sum() / len(names)
     alt = "Mass from the expert's tokens to the base's; mean of the prompts: "
     alt += "; ".join(f"{fate} {said.get(fate, 0):.0%}" for fate in FATES)
+    for menu in menus:
+        menu["pad"]["l"] = 0  # No axis stands at the left.
     figure.update_layout(updatemenus=menus, height=520, margin={"l": 8, "r": 8, "b": 12}, font_size=11)
     return _finish(figure, title, f"{alt}.", above=38)
 
