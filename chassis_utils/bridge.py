@@ -62,8 +62,7 @@ class Bridge:
     - `A`: to the base token with the same bytes; of several, to the one that its tokenizer writes (`,` and never
       `<0x2C>`), in equal shares if it writes none. By `string` with the study's faults: tokens decoded one by one, the
       last of equal strings has them all, the expert's 256 likeliest tokens only.
-    - `B`: as A, else to the first of two base tokens that spell it, the pair of lowest ids; by `string` ids below 4,096
-      and 10 characters at most.
+    - `B`: as A, else to the first of two base tokens that spell it, lowest first; by `string` ids < 4096, 10 letters.
     - `C`: to the first of what the base's tokenizer writes for these bytes, at most `length` tokens; tokens of 1e-6 and
       more which it would not write behind the prompt's last one are crossing.
     - `exact`: q(t) = P(the base's tokens of prompt + continuation are those of the prompt, then t), continuations
@@ -172,10 +171,9 @@ class Bridge:
         if root >= 0:
             return np.eye(1, size - 1, root)[0], 0.0, 0
         rows, cache = self._said([ids[:start]])
-        rows = rows if first is None else [first]
+        rows, decided = rows if first is None else [first], np.zeros(size)
         # An open continuation: its mass, the number of the path before it, its token, the state it leads to.
         now, waiting, left, paths = np.array([[1.0, 0, 0, -1 - root]]), np.zeros((0, 4)), [], [()]
-        decided = np.zeros(size)
         while len(now):
             for number, (row, (weight, *_, to)) in enumerate(zip(rows, now, strict=True), len(paths) - len(now)):
                 state, mass, end = int(to), weight * row[self._order], 0.0 if self._end is None else row[self._end]
@@ -267,6 +265,7 @@ class _Reader:
         names = ("".join(pair) for pair in model["merges"]) if bpe else (piece for piece, *_ in model["vocab"])
         self._written = sorted(set(names)) if self._grows else []
         self._begins = {piece[:n] for piece in self._written for n in range(1, len(piece))}
+        self._pairs = {piece[n : n + 2] for piece in self.pieces if piece for n in range(len(piece) - 1)}
         self._states, self._numbers, self._follow = [], {}, {}
         # A cache that goes when the reader does.
         self._tokens, self._changes, self.label = map(cached, (self._tokens, self._changes, self.label))
@@ -307,7 +306,9 @@ class _Reader:
             return np.ones(len(tokens), dtype=bool)
         known = self._follow.setdefault(last[0], np.full(self.size, -1))
         new = tokens[known[tokens] < 0]
-        for i, ids in zip(new, self.written([before + (self.pieces[i] or b"") for i in new]), strict=True):
+        known[new] = 1  # Where no token has the two bytes of the boundary side by side, both stay.
+        near = [i for i in new if not self._cuts or before[-1:] + (self.pieces[i] or b"")[:1] in self._pairs]
+        for i, ids in zip(near, self.written([before + (self.pieces[i] or b"") for i in near]), strict=True):
             known[i] = [self.pieces[j] for j in ids] in ([], [before], [before, self.pieces[i]])
         return known[tokens] > 0
 
@@ -334,9 +335,8 @@ class _Reader:
     def step(self, state: int, byte: int) -> int:
         """Code of a state's text and one byte more."""
         raw, want, due = self._states[state]
-        if due and due[0] != byte:
-            return self.size + 2
-        return self._code(raw if due else raw + bytes([byte]), want, due[1:])
+        unlike = due and due[0] != byte
+        return self.size + 2 if unlike else self._code(raw if due else raw + bytes([byte]), want, due[1:])
 
     def label(self, state: int, ended: bool = False) -> int:
         """Label of a state if nothing followed, or if the expert ended its text."""

@@ -200,6 +200,11 @@ class _Rules(Evidence):
         ours, layer = (self.all("total_variation", kind, split="text")[0] for kind in ("segments", "layer"))
         return placed >= 0.95 and ours <= min(0.05, layer), False
 
+    def vocab_bridge_exact(self) -> Decision:
+        (off,) = self.all("total_variation", "exact_32", split="text")
+        few, many = (self.all("undecided", f"exact_{n}", split="text")[0] for n in (32, 1000))
+        return off <= 0.005 and few <= 0.05 and many <= 0.001, False
+
     def semantic_bridges(self) -> Decision:
         long = {"split": "text", "probes": "math corpus"}
         (rival,), (most,) = (self.all("recovered", "hidden_to_hidden", end, **long) for end in ("value", "high"))

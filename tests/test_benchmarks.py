@@ -11,12 +11,14 @@ import pytest
 import torch
 from conftest import refused
 
-from chassis_utils import LanguageModel, Probes, fit, harvest, solve
+from chassis_utils import LanguageModel, Probes, fit, harvest, solve, token_bytes
 from chassis_utils.activations import tokenize
 from chassis_utils.statistics import _check_memory
+from chassis_utils.tokens import text_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench
+import bridges
 import scale
 
 
@@ -75,3 +77,19 @@ def test_the_vocabulary_counts_in_what_memory_allows() -> None:
     _check_memory(8, 8, 0)
     with refused("8 features", "GiB"):
         _check_memory(8, 8, 10**10)
+
+
+def test_the_search_and_the_cut_name_the_same_first_token() -> None:
+    own = ["th", "e", "the", "t", "he", "q", "a"]
+    known = {text: i for i, text in enumerate(own)}
+    for word in ("the", "thea", "qa", "zz", "he"):
+        found = bridges.search(word, own)
+        assert min(bridges.cut(word, known), default=None) == (found[0] if found else None)
+
+
+def test_made_up_tokenizers_are_of_the_size_wanted_and_read_what_they_write() -> None:
+    for kind in ("sentencepiece", "byte-level"):
+        model = bridges.made_up(kind, 700, 3)
+        assert model.vocab_size == 700
+        ids = model.tokenizer("the thin air, 42", add_special_tokens=False)["input_ids"]
+        assert text_bytes(token_bytes(model.tokenizer), ids).strip() == b"the thin air, 42"

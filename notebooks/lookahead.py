@@ -1,0 +1,184 @@
+"""What page 19 shows of the look-ahead: mass on its way, its bound against its budget, prompts that end in a token."""
+
+from __future__ import annotations
+
+import html
+import os
+import random
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+
+from bridging import COLOURS, LEAST, Places, _short, lines, spread, target_logits, variation, written_alike
+from chassis_utils import Bridge, Bridged, token_bytes
+from chassis_utils.metrics import kl
+from plots import _dropdowns, _finish, _numbers, _owned
+
+#: What becomes of an expert token's mass -> the colour of its flow.
+FATES = {
+    "same bytes": "blue", "longer token": "green", "shorter token": "violet", "across the end": "vermilion",
+    "no token": "ochre", "not followed": "grey",
+}  # fmt: skip
+LEAST_SHARE = 0.01  # of all mass: thinner flows of a token are drawn as one
+LEAST_DRAWN = 1e-6  # where a logarithmic axis ends
+
+
+# ------------------------------------------------------------------------------------- mass on its way
+
+
+def flows(bridge: Bridge, places: Places, top: int = 6) -> pd.DataFrame:
+    """Where the mass of the expert's likeliest tokens goes, each followed up with a budget of its own.
+
+    Returns:
+        Columns `prompt, token, bytes, to, fate, mass`: `bytes` is what the expert's token and the base's begin with
+        alike; the masses of a prompt sum to 1, "not followed" being the expert's other tokens.
+    """
+    base, expert = bridge.base, bridge.expert
+    (pieces, own), end = (token_bytes(model.tokenizer) for model in (expert, base)), expert.tokenizer.eos_token_id
+    rows = []
+    for prompt, said in zip(places.probes.prompts, places.said, strict=True):
+        mass, tokens = said.topk(top)
+        alone = torch.eye(expert.vocab_size, dtype=said.dtype)[tokens]
+        found = bridge(alone, [prompt] * top).mass * mass[:, None]
+        for i, row in zip(tokens.tolist(), found, strict=True):
+            begin, token = pieces[i] or b"", "end of text" if i == end else written_alike(expert, i)
+            likely = {j for j in row[:-2].argsort(descending=True)[:top].tolist() if float(row[j]) >= LEAST_SHARE}
+            for j in (row[:-2] > LEAST_DRAWN).nonzero()[:, 0].tolist():
+                other = own[j] or b""
+                shared = os.path.commonprefix([begin, other])
+                fate = "same bytes" if begin == other else "longer token" if shared == begin else "shorter token"
+                to = "end of text" if j == base.tokenizer.eos_token_id else written_alike(base, j)
+                where = (_visible(shared) or to, to) if j in likely else (_visible(begin) or token, "other tokens")
+                rows.append((prompt, token, *where, fate, float(row[j])))
+            for to, share in (("across the end", float(row[-2])), ("no token", float(row[-1]))):
+                if share > 1e-4:
+                    rows.append((prompt, token, _visible(begin) or token, to, to, share))
+        rows.append((prompt, "others", "…", "not followed", "not followed", float(1 - mass.sum())))
+    frame = pd.DataFrame(rows, columns=["prompt", "token", "bytes", "to", "fate", "mass"])
+    return frame.groupby([*frame][:-1], sort=False, as_index=False).sum()
+
+
+def flow_figure(frame: pd.DataFrame, title: str) -> go.Figure:
+    """What `flows` returned, from the expert's tokens through shared bytes to the base's, a menu for the prompt.
+
+    Only tokens that were followed are drawn: the menu tells their share of the mass.
+    """
+    figure, names = go.Figure(), []
+    for n, (prompt, rows) in enumerate(frame[frame["fate"] != "not followed"].groupby("prompt", sort=False)):
+        nodes, links = {}, []
+        names.append(name := f"{_short(n, prompt)} ({rows['mass'].sum():.0%})")
+        for side, (start, stop) in enumerate((("token", "bytes"), ("bytes", "to"))):
+            for (a, b, fate), mass in rows.groupby([start, stop, "fate"], sort=False)["mass"].sum().items():
+                ends = [nodes.setdefault((side + n, one), len(nodes)) for n, one in enumerate((a, b))]
+                links.append((*ends, mass, fate))
+        sources, targets, masses, fates = zip(*links, strict=True)
+        figure.add_sankey(
+            meta=[name], arrangement="snap",
+            node={"label": [_label(one) for _, one in nodes], "pad": 16, "thickness": 8, "color": COLOURS["grey"],
+                  "line": {"width": 0}, "hovertemplate": "%{label}: %{value:.3f}<extra></extra>"},
+            link={"source": sources, "target": targets, "value": _numbers(masses), "customdata": fates,
+                  "color": [_pale(COLOURS[FATES[fate]]) for fate in fates],
+                  "hovertemplate": "%{source.label} to %{target.label}<br>%{value:.3f}, %{customdata}<extra></extra>"},
+        )  # fmt: skip
+    menus = _dropdowns(figure, 8, (names[0], _owned(figure, 0, names, "visible", True, False)))
+    said = frame.groupby("fate")["mass"].sum() / len(names)
+    alt = "Mass from the expert's tokens to the base's; mean of the prompts: "
+    alt += "; ".join(f"{fate} {said.get(fate, 0):.0%}" for fate in FATES)
+    for menu in menus:
+        menu["pad"]["l"] = 0  # No axis stands at the left.
+    figure.update_layout(updatemenus=menus, height=520, margin={"l": 8, "r": 8, "b": 12}, font_size=11)
+    return _finish(figure, title, f"{alt}.", above=38)
+
+
+def _visible(raw: bytes) -> str:
+    return raw.decode("utf-8", "replace").replace(" ", "▁").replace("\n", "⏎")
+
+
+def _label(text: str) -> str:
+    return html.escape(text if len(text) <= 14 else f"{text[:13]}…", quote=False)
+
+
+def _pale(colour: str) -> str:
+    red, green, blue = (int(colour[n : n + 2], 16) for n in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.45)"
+
+
+# ------------------------------------------------------------------------------------- bound and budget
+
+
+def followed(bridge: Bridge, prompts: Sequence[str], budgets: Sequence[int]) -> dict[int, Bridged]:
+    """What the look-ahead finds behind the prompts, by its budget."""
+    found = {}
+    for bridge.budget in budgets:
+        found[bridge.budget] = bridge(None, prompts)
+    return found
+
+
+def budget_figure(
+    found: dict[int, Bridged], prompts: Sequence[str], aims: dict[str, dict[int, float]], title: str
+) -> go.Figure:
+    """What is left undecided, and the total variation to the largest budget, against the budget.
+
+    `aims` is, for "undecided" and "total variation", the most that is aimed at by budget.
+    """
+    reference, rows = found[max(found)], []
+    for number, prompt in [(slice(None), "mean of all"), *((n, _short(n, p)) for n, p in enumerate(prompts))]:
+        for budget, one in found.items():
+            off = variation(one.mass, reference.mass) if one is not reference else torch.full((1,), torch.nan)
+            values = {"undecided": one.undecided, "total variation": off.expand(len(prompts))}
+            rows += [(prompt, budget, name, float(x[number].mean())) for name, x in values.items()]
+        rows += [(prompt, n, f"aim, {name}", x) for name, aim in aims.items() for n, x in aim.items()]
+    frame = pd.DataFrame(rows, columns=["prompt", "passes", "method", "value"])
+    frame["drawn"] = frame["value"].clip(lower=LEAST_DRAWN)
+    aim = frame["method"].str.startswith("aim")
+    frame["colour"] = np.where(frame["method"].str.endswith("undecided"), "blue", "vermilion")
+    frame["dash"], frame["symbol"] = np.where(aim, "dot", "solid"), np.where(aim, "x", "circle")
+    told = frame[(frame["prompt"] == "mean of all") & ~aim & frame["value"].notna()]
+    alt = "; ".join(f"{row.method} {row.value:.2g} at {row.passes}" for row in told.itertuples())
+    figure = lines(frame, "passes", {"mass": ("drawn", "")}, title, f"Mean of the prompts: {alt}.", by="prompt")
+    return figure.update_layout(xaxis_type="category", yaxis={"type": "log", "title_text": "share of all mass"})
+
+
+def beside(found: Bridged, reference: Bridged) -> dict[str, torch.Tensor]:
+    """Of each row: mass placed, undecided, total variation and KL to the reference, whether the likeliest is its."""
+    truth, floor = spread(reference.probabilities), 1e-9
+    return {
+        "placed": found.probabilities.sum(1),
+        "undecided": found.undecided,
+        "total variation": variation(found.mass, reference.mass),
+        "KL": kl(target_logits(truth), target_logits(found.probabilities, floor)),
+        "top-1 equal": (found.probabilities.argmax(1) == truth.argmax(1)).double(),
+    }
+
+
+# ------------------------------------------------------------------------------------- inside a token
+
+
+def inside(passages: Sequence[str], n: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Up to n prompts that end inside a long word of a passage, and what is left of the word."""
+    rng, found = random.Random(seed), []
+    for text in passages:
+        words = [m.span() for m in re.finditer(r"(?<= )[A-Za-z]{6,}", text) if m.start() >= LEAST]
+        if words:
+            start, stop = rng.choice(words)
+            cut = rng.randint(start + 2, stop - 2)
+            found.append((text[:cut], text[cut:stop]))
+    return found[:n]
+
+
+def healed(bridge: Bridge, cuts: Sequence[tuple[str, str]], heals: Sequence[int] = (0, 1, 2)) -> pd.DataFrame:
+    """What the look-ahead says behind the prompts of `inside` when their last tokens are open again."""
+    rows, pieces = [], token_bytes(bridge.base.tokenizer)
+    for bridge.heal in heals:
+        found = bridge(None, [prompt for prompt, _ in cuts])
+        for (prompt, rest), row, left in zip(cuts, found.mass, found.undecided.tolist(), strict=True):
+            best = int(row[:-2].argmax())
+            one = {"prompt": f"…{prompt[-24:]}|{rest}", "heal": bridge.heal, "across the end": float(row[-2])}
+            likeliest = {"likeliest": _visible(pieces[best] or b""), "mass": float(row[best])}
+            rows.append(one | {"undecided": left} | likeliest)
+    bridge.heal = 0
+    return pd.DataFrame(rows)
