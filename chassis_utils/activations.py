@@ -18,13 +18,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .errors import ChassisError
-from .experts import BiasExpert, SyntheticExpert
+from .experts import HiddenExpert
 from .foreign import ForeignExpert
 from .models import LanguageModel, Place
 from .probes import Probes
 from .records import made, replacing
 
-HiddenExpert = SyntheticExpert | BiasExpert  # functions of the base's final state
 Expert = LanguageModel | HiddenExpert | ForeignExpert
 
 SHARD = 1024  # prompts a shard: what a kill can cost
