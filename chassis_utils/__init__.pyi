@@ -8,7 +8,6 @@ from .bridge import Bridged as Bridged
 from .errors import ChassisError as ChassisError
 from .experts import HiddenExpert as HiddenExpert
 from .experts import SyntheticExpert as SyntheticExpert
-from .experts import load_expert as load_expert
 from .features import Features as Features
 from .foreign import ForeignExpert as ForeignExpert
 from .metrics import choose_rank as choose_rank

@@ -214,7 +214,7 @@ def build_book(profile: str | Profile) -> Path:
     # The package has no `python -m` entry, and the command of that name on PATH may belong to another Python.
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", "."]
     command += ["-W", "-n", "--keep-going", "--toc", str(table), "--path-output", str(target)]
-    # Pages outside the run name that of `pocket`; `chassis_utils.mime` reads it as this one.
+    # Pages outside the run name that of `pocket`; `book/bookpages.py` reads it as this one.
     told = os.environ | {"CHASSIS_RUN": f"run/{name}"}
     if code := subprocess.run(command, cwd=root, check=False, env=told).returncode:
         raise ChassisError(f"the book did not build (exit code {code}): the warnings above say why")

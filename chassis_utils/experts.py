@@ -9,7 +9,7 @@ from typing import Protocol, Self
 import torch
 
 from .errors import ChassisError
-from .models import LanguageModel, Readout, load, tensor_hash
+from .models import LanguageModel, Readout, tensor_hash
 
 
 class HiddenExpert(Protocol):
@@ -72,26 +72,3 @@ class SyntheticExpert:
     def transform(self, hidden: torch.Tensor) -> torch.Tensor:
         """The expert's head input `(n, hidden)` from the base's."""
         return hidden + (hidden @ self.down) @ self.up
-
-
-def load_expert(spec: str, base: LanguageModel, seed: int = 0) -> LanguageModel | SyntheticExpert:
-    """The expert that a notebook's `expert` parameter names, beside its base.
-
-    `spec` is a model as for `load`, or `synthetic` (drawn by `seed`), with a strength as in `synthetic:8`. ChassisError
-    where the strength is no positive number, or the model cannot be loaded.
-    """
-    if spec.partition(":")[0] != "synthetic":
-        return load(spec, device=str(base.device))
-    return SyntheticExpert.from_base(base, strength=strength_of(spec, 1.0), seed=seed)
-
-
-def strength_of(spec: str, usual: float) -> float:
-    """The number behind the colon of `kind:strength`, or the usual one; ChassisError where it is not positive."""
-    kind, _, strength = spec.partition(":")
-    try:
-        value = float(strength or usual)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise ChassisError(f"expert '{spec}': after '{kind}:' give a positive strength, as in {kind}:8")
-    return value

@@ -37,8 +37,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
     if len(values) < 2:
         raise ChassisError(f"an interval over {len(values)} seed: measure at least two")
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    reach = float(t.ppf(0.5 + level / 2, len(values) - 1)) * error
-    return mean, mean - reach, mean + reach
+    return mean, *map(float, t.interval(level, len(values) - 1, mean, error))
 
 
 def ratio_bounds(share: torch.Tensor, of: torch.Tensor) -> tuple[float, float]:
@@ -46,8 +45,8 @@ def ratio_bounds(share: torch.Tensor, of: torch.Tensor) -> tuple[float, float]:
     m, ratio = len(of), float(share.sum() / of.sum())
     if m < 2 or not math.isfinite(ratio):
         return math.nan, math.nan
-    spread = (share - ratio * of).square().sum() * m / (m - 1)
-    reach = float(t.ppf(0.975, m - 1)) * float(spread.sqrt() / of.sum())
+    error = ((share - ratio * of).square().sum() * m / (m - 1)).sqrt() / of.sum()
+    reach = float(t.ppf(0.975, m - 1) * error)
     return ratio - reach, ratio + reach
 
 
@@ -69,14 +68,11 @@ def evaluate(
     states) were edited, `bare` holds activations of the bare one on the same probes, in the same order, harvested if
     not given. `allow_overlap` accepts prompts that an adapter was fitted on, outside the split `train`.
 
-    Returns:
-        Columns `base, expert, method, rank, layer, onto, split, probes, n`, `kl` and `kl_identity` (nats, mean over
-        rows), `recovered` (`1 - kl / kl_identity`; NaN where expert and base are the same), `kl_low, kl_high,
-        recovered_low, recovered_high` (95% over prompts; NaN for a single one), `top1_agreement`, `bits_per_byte` (of
-        the text that follows; NaN for last positions), `base_revision, expert_revision`.
-
-    Raises:
-        ChassisError: an argument of another kind or of other models, a place not harvested, or prompts fitted on.
+    Returns columns `base, expert, method, rank, layer, onto, split, probes, n`, `kl` and `kl_identity` (nats, mean over
+    rows), `recovered` (`1 - kl / kl_identity`; NaN where expert and base are the same), `kl_low, kl_high,
+    recovered_low, recovered_high` (95% over prompts; NaN for a single one), `top1_agreement`, `bits_per_byte` (of the
+    text that follows; NaN for last positions), `base_revision, expert_revision`. ChassisError for an argument of
+    another kind or of other models, a place not harvested, or prompts fitted on.
     """
     for role, model in (("base", base), ("expert", expert)):
         if not hasattr(model, "readout"):
@@ -210,9 +206,8 @@ def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow
     for adapter in adapters:
         seen = adapter.fitted_on & a.probes.fingerprints
         if seen and a.probes.split != "train" and not allow_overlap:
-            those = f"{len(seen)} prompts of '{a.probes.name}' ({a.probes.split})"
-            advice = "use other prompts, or say allow_overlap=True"
-            raise ChassisError(f"{those} were fitted on by this {adapter.method} adapter: {advice}")
+            those = f"{len(seen)} prompts of '{a.probes.name}' ({a.probes.split}) were fitted on by"
+            raise ChassisError(f"{those} this {adapter.method} adapter: use other prompts, or say allow_overlap=True")
     everyone = [Adapter.identity(base), *(x.to(base.device) for x in adapters)]
     _, prompt, sizes = a.prompt.unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(everyone), 3, len(sizes), dtype=torch.float64)  # KL, agreement, nats of the text, by prompt

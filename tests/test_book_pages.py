@@ -66,7 +66,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     shutil.copy(ROOT / "_config.yml", folder)
     (folder / "book").mkdir()
-    shutil.copy(ROOT / "book" / "references.bib", folder / "book")
+    for name in ("references.bib", "bookpages.py"):
+        shutil.copy(ROOT / "book" / name, folder / "book")
     shutil.copytree(ROOT / "book" / "assets", folder / "book" / "assets")
     (folder / "_toc.yml").write_text(
         "format: jb-book\nroot: index\nchapters: [{file: two}, {file: none}, {file: menu}, {file: table}]\n"

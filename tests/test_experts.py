@@ -10,10 +10,10 @@ import torch
 from conftest import make, refused
 
 import alignment  # noqa: F401  it registers three methods
-from biases import STRENGTHS, BiasExpert, load_expert, log_ratio, personal_gate, tokens_of
 from chassis_utils import LanguageModel, Probes, evaluate, fit, gather, harvest, load, probe_set
 from chassis_utils.features import Features
 from chassis_utils.models import tensor_hash
+from plugs import STRENGTHS, BiasExpert, load_expert, log_ratio, personal_gate, tokens_of
 
 
 @pytest.fixture(scope="module")

@@ -1,22 +1,21 @@
-"""Page 13's experts, the base's logits and a bias: the study's, one of style, one that keeps personal numbers back."""
+"""The experts that a page's parameter `expert` names; some are the base's logits and a bias, or that behind a gate."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 
-import chassis_utils
-from chassis_utils import ChassisError, LanguageModel, SyntheticExpert, harvest, probe_set, token_bytes
-from chassis_utils.experts import strength_of
+from chassis_utils import ChassisError, LanguageModel, SyntheticExpert, harvest, load, probe_set, token_bytes
 from chassis_utils.models import Readout, tensor_hash
 from chassis_utils.solve import Gram, scaled_ridge
 
 DIGITS, OPERATORS = "0123456789", "+-*/=<>"  # these and words as these: the study's whole list is not recorded
 REASONING = "Therefore therefore Thus thus Hence hence Proof proof Step step So so Because because Since since".split()
-STRENGTHS = {"bias": 4.0, "safety": 12.0, "style": 1.0}  # unless told: the study's, where it has one
+STRENGTHS = {"synthetic": 1.0, "bias": 4.0, "safety": 12.0, "style": 1.0}  # unless told: the study's, where it has one
 
 
 @dataclass(frozen=True)
@@ -74,15 +73,24 @@ def personal_gate(base: LanguageModel) -> torch.Tensor:
 
 
 def load_expert(spec: str, base: LanguageModel, seed: int = 0) -> LanguageModel | SyntheticExpert | BiasExpert:
-    """What the package's own `load_expert` knows, and one of `STRENGTHS`, with another strength as in `bias:8`.
+    """The expert that a notebook's `expert` parameter names, beside its base.
 
-    These are `bias` (digits, operators and words of reasoning favoured), `safety` (no digits where a personal number
-    would follow) and `style` (verse against prose). ChassisError where the strength is no positive number.
+    `spec` is a model as for `load`, or one of `STRENGTHS`, with another strength as `synthetic:8`: `synthetic` (drawn
+    by `seed`), `bias` (digits, operators and words of reasoning favoured), `safety` (no digits where a personal number
+    would follow), `style` (verse against prose). ChassisError where the strength is no positive number, or the model
+    cannot be loaded.
     """
-    kind = spec.partition(":")[0]
+    kind, _, strength = spec.partition(":")
     if kind not in STRENGTHS:
-        return chassis_utils.load_expert(spec, base, seed)
-    value = strength_of(spec, STRENGTHS[kind])
+        return load(spec, device=str(base.device))
+    try:
+        value = float(strength or STRENGTHS[kind])
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ChassisError(f"expert '{spec}': after '{kind}:' give a positive strength, as in {kind}:8")
+    if kind == "synthetic":
+        return SyntheticExpert.from_base(base, strength=value, seed=seed)
     gate = personal_gate(base) if kind == "safety" else None
     bias = -tokens_of(base, DIGITS) if gate is not None else log_ratio(base, "verse", "prose")
     bias = tokens_of(base, DIGITS + OPERATORS, REASONING) if kind == "bias" else bias
