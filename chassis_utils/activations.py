@@ -94,17 +94,10 @@ def _same_base(base: LanguageModel, expert: HiddenExpert) -> None:
 
 
 def harvest(
-    base: LanguageModel,
-    expert: Expert,
-    probes: Probes,
-    positions: str = "last",
-    layers: Sequence[Place] | None = None,
-    *,
-    batch_tokens: int = 4096,
-    padding: str = "right",
-    out_dir: str | Path | None = None,
-    progress: bool = True,
-) -> Activations:
+    base: LanguageModel, expert: Expert, probes: Probes,
+    positions: str = "last", layers: Sequence[Place] | None = None, *,
+    batch_tokens: int = 4096, padding: str = "right", out_dir: str | Path | None = None, progress: bool = True,
+) -> Activations:  # fmt: skip
     """One forward pass per model and prompt, every layer from the same pass, no logits.
 
     Prompts are batched by length; what many begin with is run once where only the last token is asked for. With
@@ -193,9 +186,8 @@ def _shard(
                 for i, state, own in zip(batch, states.cpu(), mask.bool(), strict=True):
                     rows[i][layer] = state[own][-1 if last else 0 :].clone()
                     if not torch.isfinite(rows[i][layer]).all():
-                        where = f"layer {layer} on prompt {first + i} of '{probes.name}'"
-                        advice = "try dtype float32, or leave that prompt out"
-                        raise ChassisError(f"{model.name} gives NaN or infinity at {where}: {advice}")
+                        what = f"NaN or infinity at layer {layer} on prompt {first + i} of '{probes.name}'"
+                        raise ChassisError(f"{model.name} gives {what}: try dtype float32, or leave that prompt out")
     part = {f"hidden.{layer}": torch.cat([row[layer] for row in rows.values()]) for layer in layers}
     part["prompt"] = torch.tensor([first + n for n, i in enumerate(ids) for _ in (i[-1:] if last else i)])
     part["next_token"] = torch.tensor([token for i in ids for token in ([] if last else i[1:]) + [-1]])
@@ -238,10 +230,9 @@ def tokenize(model: LanguageModel, probes: Probes) -> tuple[list[list[int]], int
 
 
 def _shared(ids: list[list[int]], least: int = 3, crowd: int = 16) -> list[tuple[int, list[int]]]:
-    """Prompt numbers grouped by what they begin with, each group with the number of tokens all of it shares.
+    """Groups of prompts, each with the number of tokens that all of it begins with; the last one shares nothing.
 
-    Templates are mostly the same words over and over: what `crowd` or more prompts share, `least` tokens or more, is
-    run once. All others are one group that shares nothing.
+    Templates are the same words over and over: what `crowd` prompts share, `least` tokens or more, is run once.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, one in enumerate(ids):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 import torch
-from scipy.stats import t
+from scipy.stats import sem, t
 
 from .activations import Activations, Expert, harvest
 from .adapter import Adapter
@@ -36,8 +35,8 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
     """Mean and the bounds of its t-interval, over seeds: two at least, or ChassisError, as one tells of no spread."""
     if len(values) < 2:
         raise ChassisError(f"an interval over {len(values)} seed: measure at least two")
-    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    return mean, *map(float, t.interval(level, len(values) - 1, mean, error))
+    mean, reach = math.fsum(values) / len(values), float(t.ppf(0.5 + level / 2, len(values) - 1) * sem(values))
+    return mean, mean - reach, mean + reach
 
 
 def ratio_bounds(share: torch.Tensor, of: torch.Tensor) -> tuple[float, float]:
@@ -51,15 +50,10 @@ def ratio_bounds(share: torch.Tensor, of: torch.Tensor) -> tuple[float, float]:
 
 
 def evaluate(
-    base: LanguageModel,
-    expert: Expert,
-    adapter: Adapter | Iterable[Adapter],
-    probes: Probes | Activations | Sequence[Probes | Activations],
-    *,
-    positions: str | None = None,
-    bare: Sequence[Activations] = (),
-    allow_overlap: bool = False,
-) -> pd.DataFrame:
+    base: LanguageModel, expert: Expert, adapter: Adapter | Iterable[Adapter],
+    probes: Probes | Activations | Sequence[Probes | Activations], *,
+    positions: str | None = None, bare: Sequence[Activations] = (), allow_overlap: bool = False,
+) -> pd.DataFrame:  # fmt: skip
     """Compare adapted bases with the expert, one row per adapter and probe set, and one for the bare base.
 
     One adapter or several are judged from the same forward passes, on probe sets (harvested at `positions`, `last` or
@@ -115,13 +109,9 @@ def _places(adapters: list[Adapter]) -> list[Place]:
 
 
 def choose_rank(
-    adapter: Adapter,
-    held_out: Activations,
-    *,
-    kl: float | None = None,
-    parameters: int | None = None,
-    latency: float | None = None,
-) -> int:
+    adapter: Adapter, held_out: Activations, *,
+    kl: float | None = None, parameters: int | None = None, latency: float | None = None,
+) -> int:  # fmt: skip
     """The rank that a budget buys, to be cut to by `Adapter.at_rank`; give exactly one of three.
 
     `kl`, nats a token on `held_out` (rows that nothing was fitted on): the smallest rank that reaches it. `parameters`
@@ -154,13 +144,11 @@ def _reaching(adapter: Adapter, a: Activations, budget: float) -> tuple[int, dic
     direction: the tangent at one rank bounds it from below at all others, and most are never tried.
     """
     bound, tried, rank = torch.full((adapter.rank,), -math.inf, dtype=torch.float64), {}, adapter.rank
-    step = max(1, BLOCK // a.base.vocab_size)
     while tried.get(rank, math.inf) > budget:
         factors, tried[rank] = (torch.arange(adapter.rank) < rank).to(adapter.down).requires_grad_(), 0.0
-        for rows in (slice(start, start + step) for start in range(0, len(a), step)):
-            hidden = {place: h[rows].to(a.base.device) for place, h in a.hidden.items()}
+        for _, hidden, theirs in _blocks(a):
             ours = replace(adapter, down=adapter.down * factors).logits(a.base, hidden)
-            loss = kl(a.expert.readout(a.expert_hidden[rows].to(a.base.device)), ours).sum() / len(a)
+            loss = kl(theirs, ours).sum() / len(a)
             loss.backward()
             tried[rank] += float(loss.detach())
         if a.base.readout.softcap is None:
@@ -199,6 +187,14 @@ def _several(given: Any, kind: Any, name: str, wanted: str) -> list[Any]:
     return several
 
 
+def _blocks(a: Activations) -> Iterator[tuple[slice, dict[Place, torch.Tensor], torch.Tensor]]:
+    """Some rows at a time, the base's states there `(m, size)`, and the expert's logits `(m, vocab)`."""
+    step = max(1, BLOCK // a.base.vocab_size)
+    for rows in (slice(start, start + step) for start in range(0, len(a), step)):
+        hidden = {place: state[rows].to(a.base.device) for place, state in a.hidden.items()}
+        yield rows, hidden, a.expert.readout(a.expert_hidden[rows].to(a.base.device))
+
+
 def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow_overlap: bool) -> list[dict]:
     base, expert = a.base, a.expert
     for place in _places(adapters):
@@ -211,13 +207,9 @@ def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow
     everyone = [Adapter.identity(base), *(x.to(base.device) for x in adapters)]
     _, prompt, sizes = a.prompt.unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(everyone), 3, len(sizes), dtype=torch.float64)  # KL, agreement, nats of the text, by prompt
-    step = max(1, BLOCK // base.vocab_size)
-    for start in range(0, len(a), step):
-        rows = slice(start, start + step)
-        hidden = {layer: h[rows].to(base.device) for layer, h in a.hidden.items()}
-        target = expert.readout(a.expert_hidden[rows].to(base.device)).double().log_softmax(-1)
+    for rows, hidden, theirs in _blocks(a):
+        target, following = theirs.double().log_softmax(-1), a.next_token[rows].to(base.device)
         weight, first = target.exp(), target.argmax(-1)
-        following = a.next_token[rows].to(base.device)
         plain = base.readout.linear(hidden[base.num_layers])  # what all ranks add to
         for i, adapter in enumerate(everyone):
             here = hidden if i else hidden | {base.num_layers: bare[rows].to(base.device)}

@@ -90,8 +90,8 @@ def _number(name: str, value: Any, row: dict[str, Any]) -> int | float | None:
         number = float(value)
     if not math.isfinite(number) or (name in _INTEGERS and number % 1):
         kind = "whole" if name in _INTEGERS else "finite"
-        names = (f"{k}={row[k]}" for k in _NAMES if not _missing(row[k]))
-        raise ChassisError(f"{name} is not a {kind} number ({value!r}): mend or leave out the row {' '.join(names)}")
+        names = " ".join(f"{k}={row[k]}" for k in _NAMES if not _missing(row[k]))
+        raise ChassisError(f"{name} is not a {kind} number ({value!r}): mend or leave out the row {names}")
     return int(number) if name in _INTEGERS else number
 
 
@@ -122,10 +122,9 @@ def _rewrite(path: Path, dropped: Callable[[dict[str, Any]], bool], added: Itera
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a name to write a file or a folder to, which then takes the place of `path`.
+    """Yield a name to write a file or a folder to, which then takes the place of `path`; readers see either whole.
 
-    Whoever reads meanwhile sees the old one or the new one whole. What cannot be written raises ChassisError and leaves
-    the old one.
+    What cannot be written raises ChassisError and leaves the old one.
     """
     final = Path(os.path.realpath(path))
     temporary, aside = (final.with_name(f".{final.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
@@ -173,10 +172,7 @@ class Records:
     """The rows of one experiment in one notebook. A row added again under the same names replaces the first."""
 
     def __init__(self, out_dir: str | Path, *, experiment: str, notebook: str, **defaults: Any) -> None:
-        """Args: `out_dir`, the run folder; `defaults`, fields that all rows share (`base`, `expert`, `seed`, ...).
-
-        `revision` among them holds the weight hashes, as `{"base": ..., "expert": ...}`.
-        """
+        """Rows for the run folder `out_dir`; `defaults` are fields that all share (`revision`: hashes, by role)."""
         self.path = Path(out_dir) / FILE
         self._defaults = dict.fromkeys(FIELDS) | {"experiment": experiment, "notebook": notebook} | defaults
         self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}

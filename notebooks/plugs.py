@@ -9,7 +9,7 @@ from typing import Self
 
 import torch
 
-from chassis_utils import ChassisError, LanguageModel, SyntheticExpert, harvest, load, probe_set, token_bytes
+from chassis_utils import Adapter, ChassisError, LanguageModel, SyntheticExpert, harvest, load, probe_set, token_bytes
 from chassis_utils.models import Readout, tensor_hash
 from chassis_utils.solve import Gram, scaled_ridge
 
@@ -70,6 +70,12 @@ def personal_gate(base: LanguageModel) -> torch.Tensor:
     sign = torch.cat([torch.full((len(some), 1), 1.0 if some is rows[0] else -1.0) for some in rows])
     weight, shift = scaled_ridge(Gram.of(torch.cat(rows), sign), 1e-2)
     return 8 * torch.cat([weight, shift[None]])
+
+
+def exact_adapter(base: LanguageModel, expert: SyntheticExpert) -> Adapter:
+    """The expert's own factors as adapter: the family contains it (experiment 1)."""
+    bias, own = torch.zeros(base.hidden_size, device=base.device), (base.name, base.head_hash)
+    return Adapter("exact", base.num_layers, expert.down, expert.up, bias, *own, space="hidden")
 
 
 def load_expert(spec: str, base: LanguageModel, seed: int = 0) -> LanguageModel | SyntheticExpert | BiasExpert:
