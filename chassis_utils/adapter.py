@@ -140,10 +140,7 @@ class Adapter:
         return cls("identity", layer, *maps, base.name, base.head_hash, onto=onto)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `adapter.json` and `adapter.safetensors`; the folder appears complete or not at all.
-
-        ChassisError where it exists and is no adapter, or cannot be written.
-        """
+        """Write its folder, complete or not at all; ChassisError where that cannot be, or another thing is there."""
         folder = Path(folder)
         if folder.exists() and not (folder / "adapter.json").is_file():
             raise ChassisError(f"{folder} exists and is no adapter folder: choose another name")
@@ -238,7 +235,8 @@ def fit(
         lam: ridge penalty on the sum of squares, 1e-3 unless given; `v2` chooses its own, as a share of the rows.
         **options: of the method; `fit` names those that a method does not know.
 
-    ChassisError: unknown method or option, a layer not harvested, a rank or K out of range, a singular system.
+    Raises:
+        ChassisError: unknown method or option, a layer not harvested, a rank or K out of range, a singular system.
     """
     from . import distill  # noqa: F401  it registers v2, and needs this module
 

@@ -227,9 +227,8 @@ def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow
         recovered, (worst, best) = 1 - value / (float(lost.sum()) / n), ratio_bounds(kls, lost)
         row = {"base": base.name, "expert": expert.name, "method": adapter.method}
         rank, layer = (None, None) if adapter is everyone[0] else (adapter.rank, adapter.layer)
-        row |= {"rank": rank, "layer": layer, "onto": adapter.onto}
-        row |= {"split": a.probes.split, "probes": a.probes.name, "n": n}
-        row |= {"kl": value, "kl_identity": reference, "kl_low": low, "kl_high": high}
+        row |= {"rank": rank, "layer": layer, "onto": adapter.onto, "split": a.probes.split, "probes": a.probes.name}
+        row |= {"n": n, "kl": value, "kl_identity": reference, "kl_low": low, "kl_high": high}
         row |= {"recovered": recovered, "recovered_low": 1 - best, "recovered_high": 1 - worst}
         bits = float(nats.sum()) / math.log(2) / a.num_bytes if a.positions == "all" else math.nan
         row |= {"top1_agreement": float(agree.sum()) / n, "bits_per_byte": bits}

@@ -80,8 +80,7 @@ def gather(
     if layer != base.num_layers and (str(layer).startswith("block") or not same_shape(base, expert)):
         raise ChassisError(f"{expert.name} has no layer {layer} of the size of {base.name}'s: only the final one")
     ids, _ = checked_ids(base, expert, probes)
-    fold = min(FOLD, len(ids))
-    if fold < 2:
+    if (fold := min(FOLD, len(ids))) < 2:
         why = f"'{probes.name}' has one prompt, and every eighth is held out to choose by"
         raise ChassisError(f"{why}: give two or more")
     p, q = sum(features.sizes(base)), base.hidden_size
@@ -127,10 +126,7 @@ def same_shape(base: LanguageModel, expert: Expert) -> bool:
 
 
 def _check_memory(p: int, q: int, vocab: int) -> None:
-    """Before anything is run: two sets of sums, their total, two copies to solve with; heads and logits of a read-out.
-
-    The factors are those that `benchmarks/scale.py` measures.
-    """
+    """Five times the sums (two sets, total, two to solve with), heads, logits: as `benchmarks/scale.py` measures."""
     wanted = 8 * (5 * p * (p + q) + 2 * KEPT * (p + q) + vocab * (4 * q + 3 * KEPT))
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if wanted > 0.8 * free:
