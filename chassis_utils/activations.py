@@ -212,21 +212,23 @@ def tokenize(model: LanguageModel, probes: Probes) -> tuple[list[list[int]], int
     With a beginning-of-text token that is the whole prompt; without one the first token is not predicted. ChassisError
     for a prompt that is longer than the model, or has an id outside its embedding.
     """
-    fast = getattr(model.tokenizer, "is_fast", False)
-    encoded = model.tokenizer(list(probes.prompts), return_offsets_mapping=fast, verbose=False)
-    _check_ids(model, probes, encoded["input_ids"])
+    fast, found, num_bytes = getattr(model.tokenizer, "is_fast", False), [], 0
     byte_level = isinstance(getattr(getattr(model.tokenizer, "backend_tokenizer", None), "decoder", None), ByteLevel)
-    num_bytes = 0
-    for n, (ids, prompt) in enumerate(zip(encoded["input_ids"], probes.prompts, strict=True)):
-        start = missing = 0
-        if ids[0] not in model.tokenizer.all_special_ids:
-            if not fast:
-                raise ChassisError(f"{model.name}: its slow tokenizer begins no text and gives no byte counts")
-            start, first = encoded["offset_mapping"][n][0][1], model.tokenizer.convert_ids_to_tokens(ids[0])
-            # Offsets count characters; a byte-level token may be a part of one, and has one letter a byte.
-            missing = len(prompt[:start].encode()) - len(first) if byte_level else 0
-        num_bytes += len(prompt[start:].encode()) + missing
-    return encoded["input_ids"], num_bytes
+    # Beside the ids a tokenizer tells much of every token: not of all prompts at once.
+    for some in (probes.prompts[i : i + SHARD] for i in range(0, len(probes), SHARD)):
+        encoded = model.tokenizer(list(some), return_offsets_mapping=fast, verbose=False)
+        _check_ids(model, probes, encoded["input_ids"], len(found))
+        for n, (ids, prompt) in enumerate(zip(encoded["input_ids"], some, strict=True)):
+            start = missing = 0
+            if ids[0] not in model.tokenizer.all_special_ids:
+                if not fast:
+                    raise ChassisError(f"{model.name}: its slow tokenizer begins no text and gives no byte counts")
+                start, first = encoded["offset_mapping"][n][0][1], model.tokenizer.convert_ids_to_tokens(ids[0])
+                # Offsets count characters; a byte-level token may be a part of one, and has one letter a byte.
+                missing = len(prompt[:start].encode()) - len(first) if byte_level else 0
+            num_bytes += len(prompt[start:].encode()) + missing
+        found += encoded["input_ids"]
+    return found, num_bytes
 
 
 def _shared(ids: list[list[int]], least: int = 3, crowd: int = 16) -> list[tuple[int, list[int]]]:
@@ -249,9 +251,9 @@ def _shared(ids: list[list[int]], least: int = 3, crowd: int = 16) -> list[tuple
     return [*shared, (0, rest)] if rest else shared
 
 
-def _check_ids(model: LanguageModel, probes: Probes, encoded: list[list[int]]) -> None:
+def _check_ids(model: LanguageModel, probes: Probes, encoded: list[list[int]], first: int = 0) -> None:
     rows = model.model.get_input_embeddings().weight.shape[0]
-    for n, ids in enumerate(encoded):
+    for n, ids in enumerate(encoded, first):
         here = f"prompt {n} of '{probes.name}' has"
         if len(ids) > model.context:
             raise ChassisError(f"{here} {len(ids)} tokens, {model.name} takes {model.context}: shorten it")

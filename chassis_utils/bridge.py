@@ -124,15 +124,6 @@ class Bridge:
         #: `(vocab_expert, vocab_base + 2)`, where each expert token goes
         self.table = scipy.sparse.csr_matrix((weights, (rows, columns)), (len(homes), none + 1))
 
-    @property
-    def pieces(self) -> Pieces:
-        """Bytes of every row of the expert's head."""
-        return self._pieces
-
-    def first(self, pieces: Sequence[bytes]) -> list[int | None]:
-        """First base token of each of these in the middle of a text; none for part of a character."""
-        return [ids[0] if ids else None for ids in self._reader.written(pieces)]
-
     def _by_string(self) -> list[list[int]]:
         models = (self.expert, self.base)
         expert, base = (model.tokenizer.batch_decode([[i] for i in range(model.vocab_size)]) for model in models)

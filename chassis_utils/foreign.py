@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_left
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,15 +21,14 @@ from .tokens import offsets, token_bytes
 class ForeignReadout:
     """From the states of expert and base to log probabilities in the base's vocabulary: what an adapter should say.
 
-    A row is `(expert hidden + hidden + 1,)`: the expert's final state behind its last token that ends at the place or
-    before it, the bare base's at the place, and the number of the bytes in between, 0 where there is no such token. The
-    expert's tokens that begin with these bytes, and go on, share its mass; a table tells to which base tokens each
-    goes. Base tokens to which none leads keep the base's own probability, since nothing is known of them.
+    A row is `(expert hidden + hidden + 1,)`: the expert's final state behind its last token, the bare base's, and
+    whether both stand at the same byte. Where they do not, nothing is known and the base's own opinion stands. So it
+    does for base tokens to which no expert token leads; the others share the rest as `table` tells the expert's.
     """
 
     expert: Readout
     base: Readout
-    tables: list[scipy.sparse.csr_matrix]  #: By that number, `(vocab, vocab_expert)`
+    table: scipy.sparse.csr_matrix  #: `(vocab, vocab_expert)`
     softcap: float | None = None  #: What comes out are log probabilities
 
     @property
@@ -41,16 +38,14 @@ class ForeignReadout:
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Log probabilities `(n, vocab)`."""
-        states, own, numbers = rows.split([self.expert.width, self.base.width, 1], dim=1)
-        target = self.base(own).softmax(-1)
-        told = self.expert(states).softmax(-1).cpu().double().numpy()
-        for number in numbers[numbers > 0].unique().int().tolist():
-            at, table = (numbers[:, 0] == number).nonzero()[:, 0], self.tables[number]
-            placed = torch.from_numpy((table @ told[at.cpu().numpy()].T).T).to(target)
-            reached = torch.from_numpy(np.diff(table.indptr) > 0).to(target.device)
-            base, whole = target[at], placed.sum(1, keepdim=True)
-            share = (base * reached).sum(1, keepdim=True) / whole.clamp(min=1e-30)
-            target[at] = torch.where(reached & (whole > 0), placed * share, base)
+        states, own, meet = rows.split([self.expert.width, self.base.width, 1], dim=1)
+        target, meet = self.base(own).softmax(-1), meet[:, 0] > 0
+        told = self.expert(states[meet]).softmax(-1).cpu().numpy()
+        placed = torch.from_numpy(np.ascontiguousarray((self.table @ told.T).T)).to(target)
+        known = torch.from_numpy(np.diff(self.table.indptr) > 0).to(target.device)
+        base, whole = target[meet], placed.sum(1, keepdim=True)
+        share = (base * known).sum(1, keepdim=True) / whole.clamp(min=1e-30)
+        target[meet] = torch.where(known & (whole > 0), placed * share, base)
         return target.clamp(min=1e-30).log()
 
 
@@ -58,11 +53,10 @@ class ForeignReadout:
 class ForeignExpert:
     """An expert behind a bridge of stage A, B or C, which `harvest`, `fit` and `evaluate` take as any other.
 
-    Its next-token distribution is told in base tokens by the rule of the bridge. With `text` that rule is corrected by
-    counting: at each place of it, the text has a next token of either model, and the rule counts as one such place
-    more. So an expert token leads also to the longer base tokens that begin with it, and to the shorter ones that later
-    bytes leave, as often as they come. Where the expert is inside a token, what is left of the tokens that it may be in
-    is read in the same way.
+    Behind texts where both models have a token's end, its next token is told in base tokens by the rule of the bridge.
+    With `text` that rule is corrected by counting: wherever both have an end in it, it has a next token of either, and
+    the rule counts as one such place more. So an expert's token leads also to longer base tokens that begin with it,
+    and to the shorter ones that later bytes leave, as often as they come.
 
     Source: the study's bridges, rows 14 to 17; `ForeignReadout` stands for their target of log(q + 1e-8).
     """
@@ -73,20 +67,20 @@ class ForeignExpert:
 
     def __post_init__(self) -> None:
         if self.bridge.stage == "exact" or self.bridge.match == "string":
-            raise ChassisError(f"{self.name}: nothing to fit to; take stage A, B or C by bytes")
-        models, own = (self.bridge.base, self.model), {"_numbers": {}, "_counts": {}}
-        own["_pieces"] = [token_bytes(model.tokenizer) for model in models]
-        own["_sorted"] = sorted((piece, i) for i, piece in enumerate(self.bridge.pieces) if piece)
-        own["readout"] = ForeignReadout(self.model.readout, self.bridge.base.readout, [None])
-        vars(self).update(own)
-        pairs: Counter[tuple[bytes, int, int]] = Counter()
-        for prompt in self.text.prompts if self.text else ():
-            ids, theirs = (model.tokenizer(prompt, verbose=False)["input_ids"] for model in models)
-            for row, last, inside in self._places(ids, theirs, prompt):
-                if row + 1 < len(ids) and last + 1 < len(theirs):
-                    pairs[inside, theirs[last + 1], ids[row + 1]] += 1
-        for (inside, token, to), count in pairs.items():
-            self._counts.setdefault(inside, []).append((token, to, count))
+            raise ChassisError(f"{self.name} has no rule for every place: take a bridge of stage A, B or C in bytes")
+        models = self.bridge.base, self.model
+        pieces, pairs = [token_bytes(model.tokenizer) for model in models], []
+        for text in self.text.prompts if self.text else ():
+            ids, theirs = (model.tokenizer(text, verbose=False)["input_ids"] for model in models)
+            rows, there = _meetings(pieces, ids, theirs, text)
+            pairs += [(theirs[k + 1], ids[n + 1]) for n, k in zip(rows, there, strict=True) if n + 1 < len(ids)]
+        table = self.bridge.table[:, :-2]
+        if pairs:
+            token, to = np.array(pairs).T
+            table = table + scipy.sparse.csr_matrix((np.ones(len(pairs)), (token, to)), table.shape)
+            table = scipy.sparse.diags(1 / np.maximum(np.asarray(table.sum(1)).ravel(), 1e-30)) @ table
+        readout = ForeignReadout(self.model.readout, self.bridge.base.readout, table.T.tocsr().astype(np.float32))
+        vars(self).update(_pieces=pieces, readout=readout)
 
     @property
     def model(self) -> LanguageModel:
@@ -122,50 +116,24 @@ class ForeignExpert:
         Raises:
             ChassisError: a text whose bytes a tokenizer changes.
         """
-        found, first, their_first = [], 0, 0
+        rows = torch.cat([own.new_zeros(len(own), theirs.shape[1]), own, own.new_zeros(len(own), 1)], dim=1)
+        at, there, first, their_first = [], [], 0, 0
         for one, other, text in zip(ids, their_ids, texts, strict=True):
-            if positions == "last":
-                found.append((first, their_first, self._number(b"")))
-                first, their_first = first + 1, their_first + 1
-                continue
-            for row, last, inside in self._places(one, other, text):
-                found.append((first + row, their_first + last, self._number(inside)))
-            first, their_first = first + len(one), their_first + len(other)
-        at, there, numbers = torch.tensor(found).view(-1, 3).T
-        rows = torch.cat([torch.zeros(len(own), theirs.shape[1]), own, torch.zeros(len(own), 1)], dim=1)
-        rows[at, : theirs.shape[1]], rows[at, -1] = theirs[there], numbers.float()
+            every = positions == "all"
+            here, beside = _meetings(self._pieces, one, other, text) if every else ([0], [0])
+            at += [first + n for n in here]
+            there += [their_first + k for k in beside]
+            first, their_first = first + (len(one) if every else 1), their_first + (len(other) if every else 1)
+        rows[at, : theirs.shape[1]], rows[at, -1] = theirs[there], 1.0
         return rows
 
-    def _places(self, ids: list[int], theirs: list[int], text: str) -> list[tuple[int, int, bytes]]:
-        """Base tokens behind which the expert has read a token: their numbers, that token's, the bytes since."""
-        ends, their_ends = (offsets(p, own, text) for p, own in zip(self._pieces, (ids, theirs), strict=True))
-        # Of several tokens that end at one byte (one without a text among them) the last has read most.
-        last, raw = np.searchsorted(their_ends, ends, "right") - 1, text.encode()
-        return [(n, int(k), raw[their_ends[k] : ends[n]]) for n, k in enumerate(last) if k >= 0]
 
-    def _number(self, inside: bytes) -> int:
-        """Number of the table for an expert that is so far inside a token; 0 if it has no token that goes on so."""
-        if inside not in self._numbers:
-            table = self._table(inside)
-            self._numbers[inside] = len(self.readout.tables) if table.nnz else 0
-            if table.nnz:
-                self.readout.tables.append(table)
-        return self._numbers[inside]
-
-    def _table(self, inside: bytes) -> scipy.sparse.csr_matrix:
-        if not inside:
-            table = self.bridge.table[:, :-2]
-        else:
-            low = bisect_left(self._sorted, (inside + b"\0",))
-            high = bisect_left(self._sorted, (inside + b"\xff" * 256,))
-            left = [(i, piece[len(inside) :]) for piece, i in self._sorted[low:high]]
-            starts = self.bridge.first([rest for _, rest in left])
-            pairs = [(i, to) for (i, _), to in zip(left, starts, strict=True) if to is not None]
-            rows, columns = np.array(pairs, dtype=int).reshape(-1, 2).T
-            shape = self.model.vocab_size, self.bridge.base.vocab_size
-            table = scipy.sparse.csr_matrix((np.ones(len(pairs)), (rows, columns)), shape)
-        if counts := self._counts.get(inside):
-            tokens, to, many = np.array(counts).T
-            table = table + scipy.sparse.csr_matrix((many.astype(float), (tokens, to)), table.shape)
-            table = scipy.sparse.diags(1 / np.maximum(np.asarray(table.sum(1)).ravel(), 1e-30)) @ table
-        return table.T.tocsr()
+def _meetings(
+    pieces: Sequence[Sequence[bytes | None]], ids: list[int], theirs: list[int], text: str
+) -> tuple[list[int], list[int]]:
+    """Numbers of the tokens of either behind which both have read the same bytes; an end of the text is none."""
+    ends, their_ends = (offsets(known, own, text) for known, own in zip(pieces, (ids, theirs), strict=True))
+    # Of several tokens that end at one byte (one without a text among them) the last has read most.
+    last = np.searchsorted(their_ends, ends, "right") - 1
+    meet = np.flatnonzero((last >= 0) & (np.asarray(their_ends)[last] == ends))
+    return meet.tolist(), last[meet].tolist()

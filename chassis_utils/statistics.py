@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from .activations import Expert, batched, checked_ids
 from .errors import ChassisError
 from .features import Features
+from .foreign import ForeignExpert
 from .models import LanguageModel, Place
 from .probes import Probes
 from .solve import Gram
@@ -75,6 +76,8 @@ def gather(
     at `layer` cannot be subtracted.
     """
     layer = base.layer_number(layer)
+    if isinstance(expert, ForeignExpert):
+        raise ChassisError(f"{expert.name} gives probabilities, of which no sums serve: harvest, and fit to that")
     if positions not in ("last", "all"):
         raise ChassisError(f"positions = '{positions}': choose last or all")
     if layer != base.num_layers and (str(layer).startswith("block") or not same_shape(base, expert)):
@@ -91,8 +94,8 @@ def gather(
     lengths = [len(one) if positions == "all" else 1 for one in ids]
     every, passed = -(-sum(lengths[fold - 1 :: fold]) // KEPT), 0
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-    what = f"{base.name} and {expert.name}, layer {layer}"
-    for batch, tokens, mask in tqdm([*batched(ids, batch_tokens)], what, disable=not progress, leave=False):
+    bar = tqdm(total=len(ids), desc=f"{base.name} and {expert.name}, layer {layer}", disable=not progress, leave=False)
+    for batch, tokens, mask in batched(ids, batch_tokens):
         real = mask.bool()
         if positions == "last":
             real &= mask.cumsum(1) == mask.sum(1, keepdim=True)
@@ -114,7 +117,9 @@ def gather(
         held.update(x[out], y[out])
         some = slice(-passed % every, None, every)
         passed += int(out.sum())
-        kept.append((x[out][some], y[out][some]))
+        kept.append((x[out][some].clone(), y[out][some].clone()))  # a view would keep all that was held out
+        bar.update(len(batch))
+    bar.close()
     rows = tuple(map(torch.cat, zip(*kept, strict=True)))
     return Statistics(base, expert, (probes,), positions, features, layer, train, held, rows)
 

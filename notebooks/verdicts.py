@@ -200,6 +200,15 @@ class _Rules(Evidence):
         ours, layer = (self.all("total_variation", kind, split="text")[0] for kind in ("segments", "layer"))
         return placed >= 0.95 and ours <= min(0.05, layer), False
 
+    def semantic_bridges(self) -> Decision:
+        long = {"split": "text", "probes": "math corpus"}
+        (rival,), (most,) = (self.all("recovered", "hidden_to_hidden", end, **long) for end in ("value", "high"))
+        ours = {method: self.all("recovered", method, **long)[0] for method in ("v2", "natural")}
+        best = max(ours, key=ours.__getitem__)
+        (low,), (bits,) = self.all("recovered", best, "low", **long), self.all("bits_per_byte", best, **long)
+        (bare,) = self.all("bits_per_byte", "identity", **long)
+        return ours[best] >= 1.5 * rival and low > most and bits < bare, False
+
     def best_adapter(self) -> Decision:
         of = self.frame[(self.frame["method"] == "v2") & (self.frame["metric"] == "recovered")]
         lows: list[float] = []

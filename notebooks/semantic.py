@@ -1,0 +1,175 @@
+"""Bridges between meanings, for page 20: maps of embeddings, of bytes, of hidden states, which need the expert at hand.
+
+All speak where both tokenizers have an end, and leave the base's own opinion elsewhere, as `ForeignExpert` does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+
+from chassis_utils import Activations, ChassisError, ForeignExpert, Gram, LanguageModel, ridge
+from chassis_utils.metrics import kl, ratio_bounds
+from chassis_utils.tokens import ids_of, token_bytes
+
+STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+Answer = Callable[[Activations], torch.Tensor]
+
+
+def _models(a: Activations) -> tuple[LanguageModel, LanguageModel]:
+    """The expert itself, and the base."""
+    if not isinstance(a.expert, ForeignExpert):
+        raise ChassisError(f"{a.expert.name} has the base's own tokenizer: harvest beside a ForeignExpert")
+    return a.expert.model, a.base
+
+
+def _foreign(a: Activations) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether each place is one where both have an end `(n,)`, and the expert's states at those `(m, hidden)`."""
+    size, meet = _models(a)[0].hidden_size, a.expert_hidden[:, -1] > 0
+    return meet, a.expert_hidden[meet, :size]
+
+
+def _at_meetings(a: Activations, said: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The base's logits `(n, vocab)`, and where both have an end what is made of expert states and those logits."""
+    logits, (meet, states) = a.base.readout(a.hidden[a.final]), _foreign(a)
+    logits[meet] = said(states, logits[meet])
+    return logits
+
+
+def hidden_to_hidden(train: Activations, lam: float = 1e-4) -> Answer:
+    """The expert's state, by ridge, as a state of the base, which the base's head reads (arXiv 2603.18908).
+
+    Ridge to the base's *logits* is the same map: they are a linear map of the states that ridge aims at.
+    """
+    meet, states = _foreign(train)
+    weight, bias = ridge(Gram.of(states, train.hidden[train.final][meet]), lam)
+    return lambda a: _at_meetings(a, lambda states, _: a.base.readout((states.double() @ weight + bias).float()))
+
+
+def embeddings(train: Activations, lam: float = 1e-4) -> Answer:
+    """The study's plan (a): expert embeddings mapped to the base's by ridge on the tokens that both have.
+
+    An embedding is a token's row of the head. What the expert says is summed up as the mean of the mapped embeddings,
+    and the logits are its products with the base's, times the strength that is best on the training places.
+    """
+    expert, base = _models(train)
+    own, pieces = ids_of(token_bytes(base.tokenizer)[: base.vocab_size]), token_bytes(expert.tokenizer)
+    pairs = [(i, own[piece][0]) for i, piece in enumerate(pieces[: expert.vocab_size]) if piece in own]
+    theirs, ours = (torch.tensor(side) for side in zip(*pairs, strict=True))
+    heads = [model.readout.weight - model.readout.weight.mean(0) for model in (expert, base)]
+    weight, bias = ridge(Gram.of(heads[0][theirs], heads[1][ours]), lam)
+    mapped = (heads[0].double() @ weight + bias).float()
+
+    def said(strength: float) -> Answer:
+        def products(states: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+            return strength * expert.readout(states).softmax(-1) @ mapped @ heads[1].T
+
+        return lambda a: _at_meetings(a, products)
+
+    return min((said(strength) for strength in STRENGTHS), key=lambda one: _nats(train, one(train)))
+
+
+def bytes_first(train: Activations) -> Answer:
+    """The study's plan (b), in the one place where nothing is lost: the next *byte*, summed up from either's tokens.
+
+    What the expert says of it is exact at an end; which token begins with that byte is left to the base.
+    """
+    expert, base = _models(train)
+    first = [_first_bytes(model) for model in (expert, base)]
+
+    def said(states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        theirs = expert.readout(states).softmax(-1) @ first[0]
+        own = logits.softmax(-1) @ first[1]
+        ratio = (theirs.clamp(min=1e-12) / own.clamp(min=1e-12)).log() @ first[1].T
+        return logits + ratio
+
+    return lambda a: _at_meetings(a, said)
+
+
+def _first_bytes(model: LanguageModel) -> torch.Tensor:
+    """Which byte each token begins with `(vocab, 256)`; tokens of no text begin with none."""
+    pieces = token_bytes(model.tokenizer)[: model.vocab_size]
+    table = torch.zeros(model.vocab_size, 256)
+    for i, piece in enumerate(pieces):
+        if piece:
+            table[i, piece[0]] = 1.0
+    return table
+
+
+def target(a: Activations) -> torch.Tensor:
+    """What the bridge itself says, which an adapter aims at, `(n, vocab)`."""
+    return a.expert.readout(a.expert_hidden)
+
+
+def _nats(a: Activations, logits: torch.Tensor, there: torch.Tensor | None = None) -> float:
+    """Nats of the text that follows, all of it unless some places are told."""
+    there = a.next_token >= 0 if there is None else there
+    return float(-logits[there].double().log_softmax(-1).gather(1, a.next_token[there][:, None]).sum())
+
+
+def judged(a: Activations, answers: Mapping[str, Answer], told: str = "text") -> pd.DataFrame:
+    """KL from the bridge's target and bits per byte of the text, for answers that need the expert at run time.
+
+    Returns:
+        Columns as `evaluate` has them: `method, kl, kl_identity, recovered`, with 95% over prompts, `bits_per_byte`.
+    """
+    wanted, rows = target(a), []
+    _, prompt, sizes = a.prompt.unique(return_inverse=True, return_counts=True)
+    lost = kl(wanted, a.base.readout(a.hidden[a.final]))
+    base = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, prompt, lost)
+    for method, answer in answers.items():
+        said = answer(a)
+        each = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, prompt, kl(wanted, said))
+        row = {
+            "base": a.base.name,
+            "expert": a.expert.name,
+            "method": method,
+            "rank": None,
+            "layer": a.final,
+            "onto": "final",
+        }
+        row |= {"split": told, "probes": a.probes.name, "n": len(a), "kl": float(each.sum()) / len(a)}
+        row |= {"kl_identity": float(base.sum()) / len(a), "recovered": 1 - float(each.sum() / base.sum())}
+        (low, high), (worst, best) = ratio_bounds(each, sizes), ratio_bounds(each, base)
+        row |= {"kl_low": low, "kl_high": high, "recovered_low": 1 - best, "recovered_high": 1 - worst}
+        row |= {"top1_agreement": float((said.argmax(-1) == wanted.argmax(-1)).double().mean())}
+        row |= {"base_revision": a.base.revision, "expert_revision": a.expert.revision}
+        rows.append(row | {"bits_per_byte": _nats(a, said) / math.log(2) / a.num_bytes})
+    return pd.DataFrame(rows)
+
+
+def ends(a: Activations) -> pd.DataFrame:
+    """Places where both have an end and where the expert is inside a token, and what the text costs there.
+
+    Returns:
+        Columns `where, places, share`, and `base`, `bridge`: nats of the token that follows, mean.
+    """
+    meet, rows = _foreign(a)[0], []
+    for where, some in (("both have an end", meet), ("inside a token", ~meet)):
+        some = some & (a.next_token >= 0)
+        row = {"where": where, "places": int(some.sum()), "share": float(some.double().mean())}
+        for name, said in (("base", a.base.readout(a.hidden[a.final])), ("bridge", target(a))):
+            row[name] = _nats(a, said, some) / max(1, row["places"])
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def half_way(curve: pd.DataFrame) -> str:
+    """Where a learning curve of `positions` and `closed` reaches one half, or where its last stretch would.
+
+    The last stretch is a line, by least squares, in the logarithm of the positions, over their last factor of four.
+    """
+    curve = curve.sort_values("positions")
+    if (reached := curve[curve["closed"] >= 0.5]).size:
+        return f"Half of the gap is closed after {reached['positions'].iloc[0]:,.0f} positions."
+    last = curve[curve["positions"] * 4 >= curve["positions"].max()]
+    slope, level = np.polyfit(np.log(last["positions"]), last["closed"], 1)
+    at = curve.iloc[-1]
+    told = f"{at['closed']:.0%} of the gap is closed after {at['positions']:,.0f} positions"
+    if slope <= 0:
+        return f"{told}, and no more text closes more."
+    return f"{told}; as the last stretch goes on, half would take {np.exp((0.5 - level) / slope):,.0f}."
