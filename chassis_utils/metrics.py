@@ -44,8 +44,7 @@ def ratio_bounds(share: torch.Tensor, of: torch.Tensor) -> tuple[float, float]:
     m, ratio = len(of), float(share.sum() / of.sum())
     if m < 2 or not math.isfinite(ratio):
         return math.nan, math.nan
-    error = ((share - ratio * of).square().sum() * m / (m - 1)).sqrt() / of.sum()
-    reach = float(t.ppf(0.975, m - 1) * error)
+    reach = float(t.ppf(0.975, m - 1) * ((share - ratio * of).square().sum() * m / (m - 1)).sqrt() / of.sum())
     return ratio - reach, ratio + reach
 
 
