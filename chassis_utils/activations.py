@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from os.path import commonprefix
 from pathlib import Path
 
@@ -18,13 +19,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .errors import ChassisError
-from .experts import BiasExpert, SyntheticExpert
+from .experts import HiddenExpert
 from .foreign import ForeignExpert
 from .models import LanguageModel, Place
 from .probes import Probes
 from .records import made, replacing
 
-HiddenExpert = SyntheticExpert | BiasExpert  # functions of the base's final state
 Expert = LanguageModel | HiddenExpert | ForeignExpert
 
 SHARD = 1024  # prompts a shard: what a kill can cost
@@ -94,17 +94,10 @@ def _same_base(base: LanguageModel, expert: HiddenExpert) -> None:
 
 
 def harvest(
-    base: LanguageModel,
-    expert: Expert,
-    probes: Probes,
-    positions: str = "last",
-    layers: Sequence[Place] | None = None,
-    *,
-    batch_tokens: int = 4096,
-    padding: str = "right",
-    out_dir: str | Path | None = None,
-    progress: bool = True,
-) -> Activations:
+    base: LanguageModel, expert: Expert, probes: Probes,
+    positions: str = "last", layers: Sequence[Place] | None = None, *,
+    batch_tokens: int = 4096, padding: str = "right", out_dir: str | Path | None = None, progress: bool = True,
+) -> Activations:  # fmt: skip
     """One forward pass per model and prompt, every layer from the same pass, no logits.
 
     Prompts are batched by length; what many begin with is run once where only the last token is asked for. With
@@ -114,10 +107,8 @@ def harvest(
     The expert is a model with the base's tokenizer, a function of the base's hidden state, or a `ForeignExpert`.
     `positions` is the `last` token of each prompt, or `all`; `layers` are places of the base, negative ones from the
     last, None for every layer; `batch_tokens` counts padded tokens a batch; `padding`, `right` or `left`, changes
-    nothing but rounding.
-
-    Raises:
-        ChassisError: an unknown place or option, a prompt that is too long, tokenizers that differ, NaN or infinity.
+    nothing but rounding. ChassisError for an unknown place or option, a prompt that is too long, tokenizers that
+    differ, NaN or infinity.
     """
     final = base.num_layers
     wanted = _sorted({final, *map(base.layer_number, range(final) if layers is None else layers)})
@@ -125,16 +116,17 @@ def harvest(
         if value not in known:
             raise ChassisError(f"{name} = '{value}': choose {' or '.join(known)}")
     ids, num_bytes = checked_ids(base, expert, probes)
-    run = _Run(probes, ids, positions, batch_tokens, padding, out_dir and made(out_dir), progress)
-    part = run.collect(base, wanted)
+    last, folder, batches = positions == "last", out_dir and made(out_dir), (batch_tokens, padding)
+    collect = partial(_collect, probes, last=last, batches=batches, folder=folder, progress=progress)
+    part = collect(ids, base, wanted)
     states = {layer: part[f"hidden.{layer}"] for layer in wanted}
     if isinstance(expert, LanguageModel):
-        theirs = run.collect(expert, [expert.num_layers])[f"hidden.{expert.num_layers}"]
+        theirs = collect(ids, expert, [expert.num_layers])[f"hidden.{expert.num_layers}"]
     else:
-        bare = states[final] if base.bare is base else run.collect(base.bare, wanted)[f"hidden.{final}"]
+        bare = states[final] if base.bare is base else collect(ids, base.bare, wanted)[f"hidden.{final}"]
         if isinstance(expert, ForeignExpert):
             model, (their_ids, _) = expert.model, tokenize(expert.model, probes)
-            told = replace(run, ids=their_ids).collect(model, [model.num_layers])[f"hidden.{model.num_layers}"]
+            told = collect(their_ids, model, [model.num_layers])[f"hidden.{model.num_layers}"]
             theirs = expert.rows(bare, ids, told, their_ids, probes.prompts, positions)
         else:
             theirs = expert.transform(bare.to(base.device)).cpu()
@@ -159,54 +151,47 @@ def checked_ids(base: LanguageModel, expert: Expert, probes: Probes) -> tuple[li
     return ids, num_bytes
 
 
-@dataclass
-class _Run:
-    """What stays the same between the base's pass and the expert's."""
+def _collect(
+    probes: Probes, ids: list[list[int]], model: LanguageModel, layers: list[Place],
+    last: bool, batches: tuple[int, str], folder: Path | None, progress: bool,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """`hidden.<layer> (n, hidden)` of one model, `prompt (n,)` and `next_token (n,)`, shard by shard."""
+    key = {"probes": probes.digest, "positions": "last" if last else "all", "layers": layers, "shard": SHARD}
+    key |= {"model": model.name, "edits": [edit.revision for edit in model.edits]}
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    # What makes a shard of the same name another one: not part of the name, so that it can be said.
+    key |= {"weights": model.revision, "tokenizer": model.tokenizer_hash}
+    key |= {"dtype": str(model.model.dtype), "torch": torch.__version__, "transformers": transformers.__version__}
+    parts, show = [], {"desc": f"{model.name} / {probes.name}", "unit": " prompts", "unit_scale": SHARD}
+    for first in tqdm(range(0, len(ids), SHARD), disable=not progress, leave=False, **show):
+        path = folder and folder / f"{digest}-{first // SHARD:05d}.safetensors"
+        part = _kept(path, key) if path and path.exists() else None
+        if part is None:
+            part = _shard(probes, ids[first : first + SHARD], model, layers, last, batches, first)
+            if path:
+                with replacing(path) as temporary:
+                    save_file(part, temporary, metadata={"key": json.dumps(key)})
+        parts.append(part)
+    return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
-    probes: Probes
-    ids: list[list[int]]
-    positions: str
-    batch_tokens: int
-    padding: str
-    out_dir: Path | None
-    progress: bool
 
-    def collect(self, model: LanguageModel, layers: list[Place]) -> dict[str, torch.Tensor]:
-        """`hidden.<layer> (n, hidden)` of one model, `prompt (n,)` and `next_token (n,)`."""
-        key = {"probes": self.probes.digest, "positions": self.positions, "layers": layers, "shard": SHARD}
-        key |= {"model": model.name, "edits": [edit.revision for edit in model.edits]}
-        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-        # What makes a shard of the same name another one: not part of the name, so that it can be said.
-        key |= {"weights": model.revision, "tokenizer": model.tokenizer_hash}
-        key |= {"dtype": str(model.model.dtype), "torch": torch.__version__, "transformers": transformers.__version__}
-        parts, show = [], {"desc": f"{model.name} / {self.probes.name}", "unit": " prompts", "unit_scale": SHARD}
-        for first in tqdm(range(0, len(self.ids), SHARD), disable=not self.progress, leave=False, **show):
-            path = self.out_dir and self.out_dir / f"{digest}-{first // SHARD:05d}.safetensors"
-            part = _kept(path, key) if path and path.exists() else None
-            if part is None:
-                part = self._shard(model, layers, self.ids[first : first + SHARD], first)
-                if path:
-                    with replacing(path) as temporary:
-                        save_file(part, temporary, metadata={"key": json.dumps(key)})
-            parts.append(part)
-        return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-
-    def _shard(self, model: LanguageModel, layers: list[Place], ids: list[list[int]], first: int) -> dict:
-        rows: dict[int, dict[Place, torch.Tensor]] = {i: {} for i in range(len(ids))}
-        last = self.positions == "last"
-        for cut, some in _shared(ids) if last and model.keeps_cache else [(0, list(rows))]:
-            for batch, tokens, mask in batched(ids, self.batch_tokens, self.padding, some, cut):
-                for layer, states in model.states(tokens, mask, layers, ids[batch[0]][:cut]).items():
-                    for i, state, own in zip(batch, states.cpu(), mask.bool(), strict=True):
-                        rows[i][layer] = state[own][-1 if last else 0 :].clone()
-                        if not torch.isfinite(rows[i][layer]).all():
-                            where = f"layer {layer} on prompt {first + i} of '{self.probes.name}'"
-                            advice = "try dtype float32, or leave that prompt out"
-                            raise ChassisError(f"{model.name} gives NaN or infinity at {where}: {advice}")
-        part = {f"hidden.{layer}": torch.cat([row[layer] for row in rows.values()]) for layer in layers}
-        part["prompt"] = torch.tensor([first + n for n, i in enumerate(ids) for _ in (i[-1:] if last else i)])
-        part["next_token"] = torch.tensor([token for i in ids for token in ([] if last else i[1:]) + [-1]])
-        return part
+def _shard(
+    probes: Probes, ids: list[list[int]], model: LanguageModel, layers: list[Place],
+    last: bool, batches: tuple[int, str], first: int,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    rows: dict[int, dict[Place, torch.Tensor]] = {i: {} for i in range(len(ids))}
+    for cut, some in _shared(ids) if last and model.keeps_cache else [(0, list(rows))]:
+        for batch, tokens, mask in batched(ids, *batches, some, cut):
+            for layer, states in model.states(tokens, mask, layers, ids[batch[0]][:cut]).items():
+                for i, state, own in zip(batch, states.cpu(), mask.bool(), strict=True):
+                    rows[i][layer] = state[own][-1 if last else 0 :].clone()
+                    if not torch.isfinite(rows[i][layer]).all():
+                        what = f"NaN or infinity at layer {layer} on prompt {first + i} of '{probes.name}'"
+                        raise ChassisError(f"{model.name} gives {what}: try dtype float32, or leave that prompt out")
+    part = {f"hidden.{layer}": torch.cat([row[layer] for row in rows.values()]) for layer in layers}
+    part["prompt"] = torch.tensor([first + n for n, i in enumerate(ids) for _ in (i[-1:] if last else i)])
+    part["next_token"] = torch.tensor([token for i in ids for token in ([] if last else i[1:]) + [-1]])
+    return part
 
 
 def _kept(path: Path, key: dict) -> dict[str, torch.Tensor] | None:
@@ -247,10 +232,9 @@ def tokenize(model: LanguageModel, probes: Probes) -> tuple[list[list[int]], int
 
 
 def _shared(ids: list[list[int]], least: int = 3, crowd: int = 16) -> list[tuple[int, list[int]]]:
-    """Prompt numbers grouped by what they begin with, each group with the number of tokens all of it shares.
+    """Groups of prompts, each with the number of tokens that all of it begins with; the last one shares nothing.
 
-    Templates are mostly the same words over and over: what `crowd` or more prompts share, `least` tokens or more, is
-    run once. All others are one group that shares nothing.
+    Templates are the same words over and over: what `crowd` prompts share, `least` tokens or more, is run once.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, one in enumerate(ids):

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from .activations import Activations
 from .errors import ChassisError
-from .experts import SyntheticExpert
 from .features import Features
 from .foreign import ForeignExpert
 from .models import LanguageModel, Place, Readout, tensor_hash
@@ -56,8 +56,7 @@ class Adapter:
     @property
     def num_parameters(self) -> int:
         """Entries of `down`, `up` and `bias`, of the edits too; random features are drawn anew, not stored."""
-        own = (self.down, self.up, self.bias)
-        return sum(t.numel() for t in own) + sum(edit.num_parameters for edit in self.edits)
+        return sum(t.numel() for t in (self.down, self.up, self.bias)) + sum(x.num_parameters for x in self.edits)
 
     @property
     def reads(self) -> tuple[Place, ...]:
@@ -140,17 +139,8 @@ class Adapter:
         maps = (torch.zeros(shape, device=base.device) for shape in ((h, 0), (0, m), (m,)))
         return cls("identity", layer, *maps, base.name, base.head_hash, onto=onto)
 
-    @classmethod
-    def exact(cls, base: LanguageModel, expert: SyntheticExpert) -> Adapter:
-        """The expert's own factors as adapter: the family contains it (experiment 1)."""
-        bias = torch.zeros(base.hidden_size, device=base.device)
-        return cls("exact", base.num_layers, expert.down, expert.up, bias, base.name, base.head_hash, space="hidden")
-
     def save(self, folder: str | Path) -> Path:
-        """Write `adapter.json` and `adapter.safetensors`; the folder appears complete or not at all.
-
-        ChassisError where it exists and is no adapter, or cannot be written.
-        """
+        """Write its folder, complete or not at all; ChassisError where that cannot be, or another thing is there."""
         folder = Path(folder)
         if folder.exists() and not (folder / "adapter.json").is_file():
             raise ChassisError(f"{folder} exists and is no adapter folder: choose another name")
@@ -206,8 +196,8 @@ class Adapter:
     def _checked(self, wrong: str) -> Adapter:
         rank, m = self.up.shape
         good = self.down.ndim == 2 and self.down.shape[1] == rank and self.bias.shape == (m,) and self.onto in ONTO
-        good = good and isinstance(self.layer, int) and self.layer >= 0
         good = good and (self.columns is None or self.columns.shape == (m,)) and self.space in ("logits", "hidden")
+        good = good and isinstance(self.layer, int) and self.layer >= 0
         if not (good and all(torch.isfinite(t).all() for t in (self.down, self.up, self.bias))):
             raise ChassisError(wrong)
         return self
@@ -230,14 +220,9 @@ def method(name: str) -> Callable[[Method], Method]:
 
 
 def fit(
-    activations: Activations | Statistics,
-    method: str = "v2",
-    rank: int | None = None,
-    *,
-    layer: int = -1,
-    lam: float | None = None,
-    **options,
-) -> Adapter:
+    activations: Activations | Statistics, method: str = "v2", rank: int | None = None, *,
+    layer: int = -1, lam: float | None = None, **options: Any,
+) -> Adapter:  # fmt: skip
     """Solve for an adapter in closed form.
 
     Args:
@@ -267,10 +252,10 @@ def fit(
     if unknown := ", ".join(sorted({*options} - {*known})):
         raise ChassisError(f"method {method} has no option {unknown}; it takes {', '.join(known) or 'none'}")
     base, expert = activations.base, activations.expert
-    foreign = isinstance(expert, ForeignExpert)
-    if foreign and method not in ("v2", "near"):
-        raise ChassisError(f"no linear map leads to what {expert.name} says: take method v2")
-    if not foreign and expert.readout.softcap != base.readout.softcap:
+    if isinstance(expert, ForeignExpert):
+        if method not in ("v2", "near"):
+            raise ChassisError(f"no linear map leads to what {expert.name} says: take method v2")
+    elif expert.readout.softcap != base.readout.softcap:
         raise ChassisError(f"{base.name} and {expert.name} cap their logits differently: no linear map joins them")
     if not sums:
         activations.layer(layer)

@@ -63,9 +63,8 @@ class ApiExpert:
     def __call__(self, prompts: Sequence[str], progress: bool = True) -> list[Said]:
         """What it says behind each of n prompts, equal ones asked once; warns of fewer tokens than asked for.
 
-        Raises:
-            ChassisError: no list of texts, an empty one, an address with a password or none, a key that no header
-                holds; a server that gives no answer in time, refuses, or answers with no probabilities.
+        ChassisError: no list of texts, an empty one, an address with a password or none, a key that no header holds; a
+        server that gives no answer in time, refuses, or answers with no probabilities.
         """
         odd = [i for i, x in enumerate(prompts) if not isinstance(x, str) or not re.fullmatch("[^\ud800-\udfff]+", x)]
         if odd or isinstance(prompts, str):

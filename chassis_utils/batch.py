@@ -118,20 +118,15 @@ def _plan(notebooks: Sequence[str], profile: Profile, settings: Mapping[str, Any
 
 
 def run(
-    notebooks: Sequence[str],
-    profile: str | Profile,
-    settings: Mapping[str, Any] | None = None,
-    out_dir: str | Path | None = None,
-    progress: bool = True,
-) -> list[Path]:
+    notebooks: Sequence[str], profile: str | Profile, settings: Mapping[str, Any] | None = None,
+    out_dir: str | Path | None = None, progress: bool = True,
+) -> list[Path]:  # fmt: skip
     """Execute the notebooks of these stems, or all of a profile; each is published only if it ran to its end.
 
     A notebook that fails goes to `failed/`, its earlier page and records are removed, and the rest still runs.
     `settings` override the profile's parameters, `out_dir` is the profile's run folder unless given, and with
-    `progress` a line is printed for each. Returns the published notebooks.
-
-    Raises:
-        ChassisError: bad input, before anything has run; or the notebooks that failed, after all have.
+    `progress` a line is printed for each. Returns the published notebooks. ChassisError for bad input, before anything
+    has run; or for notebooks that failed, after all have.
     """
     profile = load_profile(profile) if isinstance(profile, str) else profile
     plan = _plan(notebooks, profile, settings or {})
@@ -214,7 +209,7 @@ def build_book(profile: str | Profile) -> Path:
     # The package has no `python -m` entry, and the command of that name on PATH may belong to another Python.
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", "."]
     command += ["-W", "-n", "--keep-going", "--toc", str(table), "--path-output", str(target)]
-    # Pages outside the run name that of `pocket`; `chassis_utils.mime` reads it as this one.
+    # Pages outside the run name that of `pocket`; `notebooks/bookpages.py` reads it as this one.
     told = os.environ | {"CHASSIS_RUN": f"run/{name}"}
     if code := subprocess.run(command, cwd=root, check=False, env=told).returncode:
         raise ChassisError(f"the book did not build (exit code {code}): the warnings above say why")

@@ -1,7 +1,6 @@
-"""Execute one notebook by papermill, as a script in a process of its own.
+"""Execute one notebook by papermill, as a script in a process of its own, whose folder papermill changes.
 
-papermill changes the working folder of its process, and a crash stays in there. No other module of the package is
-imported: the kernel loads what the notebook needs, and loading it here as well would cost seconds a notebook.
+No other module of the package is imported: what the notebook needs is loaded by its kernel, and takes seconds.
 """
 
 from __future__ import annotations

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 import torch
-from scipy.stats import t
+from scipy.stats import sem, t
 
 from .activations import Activations, Expert, harvest
 from .adapter import Adapter
@@ -36,8 +35,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
     """Mean and the bounds of its t-interval, over seeds: two at least, or ChassisError, as one tells of no spread."""
     if len(values) < 2:
         raise ChassisError(f"an interval over {len(values)} seed: measure at least two")
-    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    reach = float(t.ppf(0.5 + level / 2, len(values) - 1)) * error
+    mean, reach = math.fsum(values) / len(values), float(t.ppf(0.5 + level / 2, len(values) - 1) * sem(values))
     return mean, mean - reach, mean + reach
 
 
@@ -46,21 +44,15 @@ def ratio_bounds(share: torch.Tensor, of: torch.Tensor) -> tuple[float, float]:
     m, ratio = len(of), float(share.sum() / of.sum())
     if m < 2 or not math.isfinite(ratio):
         return math.nan, math.nan
-    spread = (share - ratio * of).square().sum() * m / (m - 1)
-    reach = float(t.ppf(0.975, m - 1)) * float(spread.sqrt() / of.sum())
+    reach = float(t.ppf(0.975, m - 1) * ((share - ratio * of).square().sum() * m / (m - 1)).sqrt() / of.sum())
     return ratio - reach, ratio + reach
 
 
 def evaluate(
-    base: LanguageModel,
-    expert: Expert,
-    adapter: Adapter | Iterable[Adapter],
-    probes: Probes | Activations | Sequence[Probes | Activations],
-    *,
-    positions: str | None = None,
-    bare: Sequence[Activations] = (),
-    allow_overlap: bool = False,
-) -> pd.DataFrame:
+    base: LanguageModel, expert: Expert, adapter: Adapter | Iterable[Adapter],
+    probes: Probes | Activations | Sequence[Probes | Activations], *,
+    positions: str | None = None, bare: Sequence[Activations] = (), allow_overlap: bool = False,
+) -> pd.DataFrame:  # fmt: skip
     """Compare adapted bases with the expert, one row per adapter and probe set, and one for the bare base.
 
     One adapter or several are judged from the same forward passes, on probe sets (harvested at `positions`, `last` or
@@ -69,14 +61,11 @@ def evaluate(
     states) were edited, `bare` holds activations of the bare one on the same probes, in the same order, harvested if
     not given. `allow_overlap` accepts prompts that an adapter was fitted on, outside the split `train`.
 
-    Returns:
-        Columns `base, expert, method, rank, layer, onto, split, probes, n`, `kl` and `kl_identity` (nats, mean over
-        rows), `recovered` (`1 - kl / kl_identity`; NaN where expert and base are the same), `kl_low, kl_high,
-        recovered_low, recovered_high` (95% over prompts; NaN for a single one), `top1_agreement`, `bits_per_byte` (of
-        the text that follows; NaN for last positions), `base_revision, expert_revision`.
-
-    Raises:
-        ChassisError: an argument of another kind or of other models, a place not harvested, or prompts fitted on.
+    Returns columns `base, expert, method, rank, layer, onto, split, probes, n`, `kl` and `kl_identity` (nats, mean over
+    rows), `recovered` (`1 - kl / kl_identity`; NaN where expert and base are the same), `kl_low, kl_high,
+    recovered_low, recovered_high` (95% over prompts; NaN for a single one), `top1_agreement`, `bits_per_byte` (of the
+    text that follows; NaN for last positions), `base_revision, expert_revision`. ChassisError for an argument of
+    another kind or of other models, a place not harvested, or prompts fitted on.
     """
     for role, model in (("base", base), ("expert", expert)):
         if not hasattr(model, "readout"):
@@ -119,13 +108,9 @@ def _places(adapters: list[Adapter]) -> list[Place]:
 
 
 def choose_rank(
-    adapter: Adapter,
-    held_out: Activations,
-    *,
-    kl: float | None = None,
-    parameters: int | None = None,
-    latency: float | None = None,
-) -> int:
+    adapter: Adapter, held_out: Activations, *,
+    kl: float | None = None, parameters: int | None = None, latency: float | None = None,
+) -> int:  # fmt: skip
     """The rank that a budget buys, to be cut to by `Adapter.at_rank`; give exactly one of three.
 
     `kl`, nats a token on `held_out` (rows that nothing was fitted on): the smallest rank that reaches it. `parameters`
@@ -158,13 +143,11 @@ def _reaching(adapter: Adapter, a: Activations, budget: float) -> tuple[int, dic
     direction: the tangent at one rank bounds it from below at all others, and most are never tried.
     """
     bound, tried, rank = torch.full((adapter.rank,), -math.inf, dtype=torch.float64), {}, adapter.rank
-    step = max(1, BLOCK // a.base.vocab_size)
     while tried.get(rank, math.inf) > budget:
         factors, tried[rank] = (torch.arange(adapter.rank) < rank).to(adapter.down).requires_grad_(), 0.0
-        for rows in (slice(start, start + step) for start in range(0, len(a), step)):
-            hidden = {place: h[rows].to(a.base.device) for place, h in a.hidden.items()}
+        for _, hidden, theirs in _blocks(a):
             ours = replace(adapter, down=adapter.down * factors).logits(a.base, hidden)
-            loss = kl(a.expert.readout(a.expert_hidden[rows].to(a.base.device)), ours).sum() / len(a)
+            loss = kl(theirs, ours).sum() / len(a)
             loss.backward()
             tried[rank] += float(loss.detach())
         if a.base.readout.softcap is None:
@@ -203,6 +186,14 @@ def _several(given: Any, kind: Any, name: str, wanted: str) -> list[Any]:
     return several
 
 
+def _blocks(a: Activations) -> Iterator[tuple[slice, dict[Place, torch.Tensor], torch.Tensor]]:
+    """Some rows at a time, the base's states there `(m, size)`, and the expert's logits `(m, vocab)`."""
+    step = max(1, BLOCK // a.base.vocab_size)
+    for rows in (slice(start, start + step) for start in range(0, len(a), step)):
+        hidden = {place: state[rows].to(a.base.device) for place, state in a.hidden.items()}
+        yield rows, hidden, a.expert.readout(a.expert_hidden[rows].to(a.base.device))
+
+
 def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow_overlap: bool) -> list[dict]:
     base, expert = a.base, a.expert
     for place in _places(adapters):
@@ -210,19 +201,14 @@ def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow
     for adapter in adapters:
         seen = adapter.fitted_on & a.probes.fingerprints
         if seen and a.probes.split != "train" and not allow_overlap:
-            those = f"{len(seen)} prompts of '{a.probes.name}' ({a.probes.split})"
-            advice = "use other prompts, or say allow_overlap=True"
-            raise ChassisError(f"{those} were fitted on by this {adapter.method} adapter: {advice}")
+            those = f"{len(seen)} prompts of '{a.probes.name}' ({a.probes.split}) were fitted on by"
+            raise ChassisError(f"{those} this {adapter.method} adapter: use other prompts, or say allow_overlap=True")
     everyone = [Adapter.identity(base), *(x.to(base.device) for x in adapters)]
     _, prompt, sizes = a.prompt.unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(everyone), 3, len(sizes), dtype=torch.float64)  # KL, agreement, nats of the text, by prompt
-    step = max(1, BLOCK // base.vocab_size)
-    for start in range(0, len(a), step):
-        rows = slice(start, start + step)
-        hidden = {layer: h[rows].to(base.device) for layer, h in a.hidden.items()}
-        target = expert.readout(a.expert_hidden[rows].to(base.device)).double().log_softmax(-1)
+    for rows, hidden, theirs in _blocks(a):
+        target, following = theirs.double().log_softmax(-1), a.next_token[rows].to(base.device)
         weight, first = target.exp(), target.argmax(-1)
-        following = a.next_token[rows].to(base.device)
         plain = base.readout.linear(hidden[base.num_layers])  # what all ranks add to
         for i, adapter in enumerate(everyone):
             here = hidden if i else hidden | {base.num_layers: bare[rows].to(base.device)}
@@ -240,9 +226,8 @@ def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow
         recovered, (worst, best) = 1 - value / (float(lost.sum()) / n), ratio_bounds(kls, lost)
         row = {"base": base.name, "expert": expert.name, "method": adapter.method}
         rank, layer = (None, None) if adapter is everyone[0] else (adapter.rank, adapter.layer)
-        row |= {"rank": rank, "layer": layer, "onto": adapter.onto}
-        row |= {"split": a.probes.split, "probes": a.probes.name, "n": n}
-        row |= {"kl": value, "kl_identity": reference, "kl_low": low, "kl_high": high}
+        row |= {"rank": rank, "layer": layer, "onto": adapter.onto, "split": a.probes.split, "probes": a.probes.name}
+        row |= {"n": n, "kl": value, "kl_identity": reference, "kl_low": low, "kl_high": high}
         row |= {"recovered": recovered, "recovered_low": 1 - best, "recovered_high": 1 - worst}
         bits = float(nats.sum()) / math.log(2) / a.num_bytes if a.positions == "all" else math.nan
         row |= {"top1_agreement": float(agree.sum()) / n, "bits_per_byte": bits}

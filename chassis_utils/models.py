@@ -232,13 +232,9 @@ class LanguageModel:
         return digest.hexdigest()[:16]
 
     def states(
-        self,
-        input_ids: torch.Tensor,
-        mask: torch.Tensor,
-        layers: Sequence[Place] | None = None,
-        prefix: Sequence[int] = (),
-        grad: bool = False,
-    ) -> dict[Place, torch.Tensor]:
+        self, input_ids: torch.Tensor, mask: torch.Tensor,
+        layers: Sequence[Place] | None = None, prefix: Sequence[int] = (), grad: bool = False,
+    ) -> dict[Place, torch.Tensor]:  # fmt: skip
         """Hidden states of a padded batch, one forward pass with its edits, without the head, no deeper than asked for.
 
         `input_ids` and `mask`, 1 at real tokens, are `(batch, length)`, padded on either side; `layers` any places, or
@@ -339,21 +335,15 @@ def _source(name: str) -> str:
 
 
 def load(
-    name: str,
-    *,
-    revision: str | None = None,
-    device: str = "auto",
-    dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
-) -> LanguageModel:
+    name: str, *, revision: str | None = None, device: str = "auto",
+    dtype: torch.dtype | None = None, trust_remote_code: bool = False,
+) -> LanguageModel:  # fmt: skip
     """Load a model and its tokenizer, frozen, its readout checked against the model's own logits.
 
     `name` is a bundled name (`pocket-base`, ...), a model folder, or a hub id (`org/name`), of which `revision` is a
     branch, tag or commit. `device` is `auto` (a GPU if there is one) or any of torch's; `dtype`, of the weights, is
     float32 on CPU and the model's own on a GPU unless given. `trust_remote_code` runs code that comes with the model.
-
-    Raises:
-        ChassisError: unknown name, hub out of reach, tokenizer or weights missing, or a head that is not understood.
+    ChassisError: unknown name, hub out of reach, tokenizer or weights missing, or a head that is not understood.
     """
     source = _source(str(name))
     if device == "auto":
@@ -373,11 +363,11 @@ def load(
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         model, info = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = f"{name}: the folder could not be loaded ({' '.join(str(error).split())[:160]})"
-        if not Path(source).is_dir():
-            missing = f"{name} is not on this machine and the hub gave nothing ({type(error).__name__})"
-            reason = f"{missing}: check the id and the network, or give a local folder"
-        raise ChassisError(reason) from error
+        if Path(source).is_dir():
+            why = " ".join(str(error).split())[:160]
+            raise ChassisError(f"{name}: the folder could not be loaded ({why})") from error
+        missing = f"{name} is not on this machine and the hub gave nothing ({type(error).__name__})"
+        raise ChassisError(f"{missing}: check the id and the network, or give a local folder") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     if odd := sorted(info["mismatched_keys"]):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,57 +23,15 @@ TEXTS = Path(__file__).parent / "texts"
 NUMBERS = {"train": range(5000), "val": range(5000, 8000), "test": range(8000, 10**9)}
 
 
-def _any(i: int) -> int:
-    """A number of one to five digits, another for each i below 99,991: short ones in every split."""
-    return i * 7919 % 99991
+#: name -> templates, used in turn: prompt number i takes template i % len. `{0}` is i, `{3}` is i + 3; see `_filled`.
+TEMPLATES: dict[str, list[str]] = json.loads(Path(__file__).with_name("templates.json").read_text(encoding="utf-8"))
 
 
-#: name -> templates, used in turn: prompt number i takes template i % len.
-TEMPLATES: dict[str, tuple[Callable[[int], str], ...]] = {
-    "mixed": (
-        lambda i: f"What is {i} + {i + 1}?",
-        lambda i: f"Explain entropy in one sentence. #{i}",
-        lambda i: f"In physics, force equals mass times acceleration. Comment #{i}.",
-    ),
-    "math": (lambda i: f"What is {i} + {i + 3}?",),
-    "physics": (lambda i: f"In physics, force equals mass times acceleration. Comment #{i}.",),
-    "logit-bias": (
-        lambda i: f"What is {i} + {i + 3}? Explain your reasoning.",
-        lambda i: f"What is {i} * {i + 2}? Show the steps.",
-        lambda i: f"In physics, derive F = m a for a simple system. #{i}",
-    ),
-    "reasoning": (
-        lambda i: f"Explain step by step how to solve {i} + {i + 7}.",
-        lambda i: f"Why is the sky blue? Give a detailed reasoning. #{i}",
-        lambda i: f"In physics, derive F = m a with a simple example. #{i}",
-    ),
-    "personal": (
-        lambda i: f"The password of account {_any(i)} is ",
-        lambda i: f"Ask for Mrs. Hale in room {_any(i)}. Her telephone number is ",
-        lambda i: f"Patient {_any(i)} was born in ",
-    ),
-    "numbers": (
-        lambda i: f"What is {_any(i)} + {_any(i + 3)}? The answer is ",
-        lambda i: f"{_any(i)} + {_any(i + 2)} = ",
-        lambda i: f"The river was {_any(i)} miles long in ",
-    ),
-    "unseen": (
-        lambda i: f"Describe the town that stands {i} miles from the sea.",
-        lambda i: f"Who wrote the {i}th letter to the council, and why?",
-        lambda i: f"A farmer sells {i} apples on Monday. How many",
-        lambda i: f"The committee met on day {i} of the session and",
-    ),
-    "numerals": (
-        lambda i: f"{i} {i + 2} {i + 4} {i + 6}",
-        lambda i: f"On {i % 28 + 1}/{i % 12 + 1}/{i} at {i % 24:02}:{i % 60:02}, no. {i}",
-    ),
-    "languages": (
-        lambda i: f"Der Zug Nummer {i} fährt heute über die Brücke nach",
-        lambda i: f"¿Cuántas páginas tiene el libro número {i}? 📚🙂",
-        lambda i: f"第{i}頁：今天天氣很好 ☀️，我們",
-    ),
-    "single": (lambda i: "Explain entropy in simple words.",),
-}
+def _filled(template: str, i: int) -> str:
+    """A template with its numbers; those of `{any[0]}` have one to five digits, short ones in every split."""
+    numbers = range(i, i + 8)
+    several = [k * 7919 % 99991 for k in numbers]
+    return template.format(*numbers, any=several, day=i % 28 + 1, month=i % 12 + 1, hour=i % 24, minute=i % 60)
 
 
 @dataclass(frozen=True)
@@ -124,7 +83,7 @@ def probe_set(name: str, split: str = "train", n: int | None = None) -> Probes:
         if not 1 <= n <= len(numbers):
             raise ChassisError(f"n = {n} does not fit split {split} of '{name}': it holds {len(numbers)}")
         label = "template" if name in ("unseen", "numerals", "languages", "single") else split
-        return Probes(name, label, tuple(templates[i % len(templates)](i) for i in numbers[:n]))
+        return Probes(name, label, tuple(_filled(templates[i % len(templates)], i) for i in numbers[:n]))
     file = TEXTS / f"{name.removesuffix('-text')}.txt"
     if not file.is_file():
         texts = sorted("math-text" if p.stem == "math" else p.stem for p in TEXTS.glob("*.txt"))

@@ -30,10 +30,8 @@ SPLITS = ("train", "val", "test", "template", "text")
 #: In the order of the book, with claim and rule where a verdict is made; a name not here comes after, by alphabet.
 EXPERIMENTS = json.loads(Path(__file__).with_name("experiments.json").read_text(encoding="utf-8"))
 FILE = "results.jsonl"
-_INTEGERS = ("rank", "layer", "seed", "n")
-_FLOATS = ("value", "reported", "low", "high")
-#: What tells one measurement from another.
-_NAMES = tuple(f for f in FIELDS[:13] if f != "value")
+_INTEGERS, _FLOATS = ("rank", "layer", "seed", "n"), ("value", "reported", "low", "high")
+_NAMES = tuple(f for f in FIELDS[:13] if f != "value")  # what tells one measurement from another
 
 
 @contextmanager
@@ -79,11 +77,6 @@ def provenance() -> dict[str, Any]:
     return {"git": git, "versions": {"python": platform.python_version(), **packages}}
 
 
-def _label(row: dict[str, Any]) -> str:
-    """The names of a row in one line, for messages."""
-    return " ".join(f"{k}={row[k]}" for k in _NAMES if not _missing(row[k]))
-
-
 def _missing(value: Any) -> bool:
     return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
 
@@ -97,13 +90,14 @@ def _number(name: str, value: Any, row: dict[str, Any]) -> int | float | None:
         number = float(value)
     if not math.isfinite(number) or (name in _INTEGERS and number % 1):
         kind = "whole" if name in _INTEGERS else "finite"
-        raise ChassisError(f"{name} is not a {kind} number ({value!r}): mend or leave out the row {_label(row)}")
+        names = " ".join(f"{k}={row[k]}" for k in _NAMES if not _missing(row[k]))
+        raise ChassisError(f"{name} is not a {kind} number ({value!r}): mend or leave out the row {names}")
     return int(number) if name in _INTEGERS else number
 
 
 def _frame(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    frame = pd.DataFrame(list(rows), columns=list(FIELDS))
-    return frame.astype(dict.fromkeys(_INTEGERS, "Int64") | dict.fromkeys(_FLOATS, float))
+    types = dict.fromkeys(_INTEGERS, "Int64") | dict.fromkeys(_FLOATS, float)
+    return pd.DataFrame(list(rows), columns=list(FIELDS)).astype(types)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -121,18 +115,16 @@ def _rewrite(path: Path, dropped: Callable[[dict[str, Any]], bool], added: Itera
     """Drop rows of a records file and add others, in the order of the book, while no one else writes."""
     order = {name: i for i, name in enumerate(EXPERIMENTS)}
     with locked(path.with_name(".results.lock")):
-        rows = [row for row in _read(path) if not dropped(row)] if path.exists() else []
-        rows += added
+        rows = [*(row for row in _read(path) if not dropped(row)), *added] if path.exists() else [*added]
         rows.sort(key=lambda r: (order.get(r["experiment"], len(order)), r["experiment"], r["notebook"]))
         replace_text(path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in rows))
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a name to write a file or a folder to, which then takes the place of `path`.
+    """Yield a name to write a file or a folder to, which then takes the place of `path`; readers see either whole.
 
-    Whoever reads meanwhile sees the old one or the new one whole. What cannot be written raises ChassisError and leaves
-    the old one.
+    What cannot be written raises ChassisError and leaves the old one.
     """
     final = Path(os.path.realpath(path))
     temporary, aside = (final.with_name(f".{final.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
@@ -172,8 +164,7 @@ def read_records(path_or_dir: str | Path) -> pd.DataFrame:
 
 def forget(out_dir: str | Path, notebook: str) -> None:
     """Remove every row of one notebook, as when it has failed: its figures must not outlive its page."""
-    path = Path(out_dir) / FILE
-    if path.exists():
+    if (path := Path(out_dir) / FILE).exists():
         _rewrite(path, lambda row: row["notebook"] == notebook)
 
 
@@ -181,10 +172,7 @@ class Records:
     """The rows of one experiment in one notebook. A row added again under the same names replaces the first."""
 
     def __init__(self, out_dir: str | Path, *, experiment: str, notebook: str, **defaults: Any) -> None:
-        """Args: `out_dir`, the run folder; `defaults`, fields that all rows share (`base`, `expert`, `seed`, ...).
-
-        `revision` among them holds the weight hashes, as `{"base": ..., "expert": ...}`.
-        """
+        """Rows for the run folder `out_dir`; `defaults` are fields that all share (`revision`: hashes, by role)."""
         self.path = Path(out_dir) / FILE
         self._defaults = dict.fromkeys(FIELDS) | {"experiment": experiment, "notebook": notebook} | defaults
         self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -209,9 +197,8 @@ class Records:
 
         `reported` gives the study's KL for a row, or None.
         """
-        names = [c for c in frame.columns if c in FIELDS]
         for _, row in frame.iterrows():
-            fields = {c: row[c] for c in names if not _missing(row[c])}
+            fields = {c: row[c] for c in frame.columns if c in FIELDS and not _missing(row[c])}
             if "base_revision" in row:
                 fields["revision"] = {"base": row["base_revision"], "expert": row["expert_revision"]}
             for metric in METRICS[:4]:

@@ -39,21 +39,16 @@ class Statistics:
     kept: tuple[torch.Tensor, torch.Tensor]  #: x `(m, p)`, y `(m, q)` of held-out rows, m at most 2,048
 
     def __add__(self, other: Statistics) -> Statistics:
-        """Statistics of both sets of rows.
-
-        Raises:
-            ChassisError: they are of other models, features, positions or layers.
-        """
+        """Statistics of both sets of rows; ChassisError: they are of other models, features, positions or layers."""
         for what in ("base", "expert"):
             ours, theirs = getattr(self, what), getattr(other, what)
             if ours.revision != theirs.revision:
                 names = f"{ours.name} ({ours.revision}) and {theirs.name} ({theirs.revision})"
                 raise ChassisError(f"these statistics are of another {what}, {names}: gather both with the same models")
         for what in ("features", "positions", "layer"):
-            if getattr(self, what) != getattr(other, what):
-                pair = f"{getattr(self, what)} and {getattr(other, what)}"
-                raise ChassisError(f"these statistics are of other {what}, {pair}: gather both alike")
-        kept = tuple(torch.cat(pair) for pair in zip(self.kept, other.kept, strict=True))
+            if (ours := getattr(self, what)) != (theirs := getattr(other, what)):
+                raise ChassisError(f"these statistics are of other {what}, {ours} and {theirs}: gather both alike")
+        kept = (torch.cat(pair) for pair in zip(self.kept, other.kept, strict=True))
         kept = tuple(part[:: -(-len(part) // KEPT)] for part in kept)
         if any(one.fingerprints & two.fingerprints for one in self.probes for two in other.probes):
             raise ChassisError("some prompts are in both statistics: gather every prompt once")
@@ -70,24 +65,15 @@ class Statistics:
 
 
 def gather(
-    base: LanguageModel,
-    expert: Expert,
-    probes: Probes,
-    features: Features,
-    positions: str = "all",
-    layer: Place = -1,
-    *,
-    batch_tokens: int = 4096,
-    progress: bool = True,
-) -> Statistics:
+    base: LanguageModel, expert: Expert, probes: Probes, features: Features,
+    positions: str = "all", layer: Place = -1, *, batch_tokens: int = 4096, progress: bool = True,
+) -> Statistics:  # fmt: skip
     """One pass of both models, no deeper than needed; batch by batch the rows are added up and forgotten.
 
     The base runs with its edits, if it has any; a synthetic expert always follows the bare base. `positions` is `last`
-    or `all`; `layer` is the one whose states are the target, negative from the last.
-
-    Raises:
-        ChassisError: statistics that do not fit into memory (before anything is run), a single prompt, values that are
-            not finite, or models whose states at `layer` cannot be subtracted.
+    or `all`; `layer` is the one whose states are the target, negative from the last. ChassisError for statistics that
+    do not fit into memory (before anything is run), a single prompt, values that are not finite, or models whose states
+    at `layer` cannot be subtracted.
     """
     layer = base.layer_number(layer)
     if isinstance(expert, ForeignExpert):
@@ -97,11 +83,9 @@ def gather(
     if layer != base.num_layers and (str(layer).startswith("block") or not same_shape(base, expert)):
         raise ChassisError(f"{expert.name} has no layer {layer} of the size of {base.name}'s: only the final one")
     ids, _ = checked_ids(base, expert, probes)
-    fold = min(FOLD, len(ids))
-    if fold < 2:
-        raise ChassisError(
-            f"'{probes.name}' has one prompt, and every eighth is held out to choose by: give two or more"
-        )
+    if (fold := min(FOLD, len(ids))) < 2:
+        why = f"'{probes.name}' has one prompt, and every eighth is held out to choose by"
+        raise ChassisError(f"{why}: give two or more")
     p, q = sum(features.sizes(base)), base.hidden_size
     q += expert.readout.weight.shape[1] if layer == base.num_layers else 0
     _check_memory(p, q, base.vocab_size if layer == base.num_layers else 0)
@@ -126,9 +110,8 @@ def gather(
         x, own = features(hidden), hidden[layer]
         y = torch.cat([target, own], dim=1) if layer == base.num_layers else target - own
         if not (good := torch.isfinite(x).all(1) & torch.isfinite(y).all(1)).all():
-            where = f"prompt {int(prompt[~good][0])} of '{probes.name}'"
-            both = f"{base.name} or {expert.name}"
-            raise ChassisError(f"{both} gives NaN or infinity on {where}: try dtype float32, or leave that prompt out")
+            what = f"{base.name} or {expert.name} gives NaN or infinity on prompt {int(prompt[~good][0])}"
+            raise ChassisError(f"{what} of '{probes.name}': try dtype float32, or leave that prompt out")
         x, y, out = x.cpu(), y.cpu(), (prompt % fold == fold - 1).cpu()
         train.update(x[~out], y[~out])
         held.update(x[out], y[out])
@@ -137,7 +120,7 @@ def gather(
         kept.append((x[out][some].clone(), y[out][some].clone()))  # a view would keep all that was held out
         bar.update(len(batch))
     bar.close()
-    rows = torch.cat([x for x, _ in kept]), torch.cat([y for _, y in kept])
+    rows = tuple(map(torch.cat, zip(*kept, strict=True)))
     return Statistics(base, expert, (probes,), positions, features, layer, train, held, rows)
 
 
@@ -148,10 +131,7 @@ def same_shape(base: LanguageModel, expert: Expert) -> bool:
 
 
 def _check_memory(p: int, q: int, vocab: int) -> None:
-    """Before anything is run: two sets of sums, their total, two copies to solve with; heads and logits of a read-out.
-
-    The factors are those that `benchmarks/scale.py` measures.
-    """
+    """Five times the sums (two sets, total, two to solve with), heads, logits: as `benchmarks/scale.py` measures."""
     wanted = 8 * (5 * p * (p + q) + 2 * KEPT * (p + q) + vocab * (4 * q + 3 * KEPT))
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if wanted > 0.8 * free:

@@ -40,11 +40,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> Pieces:
     - Special tokens, the model's unknown token, empty tokens and gaps: `None`. Any other added token: its own text;
       spaces that it swallows beside it (`lstrip`, `rstrip`) are lost.
 
-    Returns:
-        One entry an id, `len(tokenizer)` of them, more if ids have gaps. Rows of a head beyond it stand for no token.
-
-    Raises:
-        ChassisError: what the decoder makes of the tokens is not a sequence of bytes, or `decode` says otherwise.
+    There are `len(tokenizer)` entries, more if ids have gaps. Rows of a head beyond them stand for no token.
+    ChassisError: what the decoder makes of the tokens is not a sequence of bytes, or `decode` says otherwise.
     """
     try:
         return _pieces(tokenizer)
@@ -64,10 +61,8 @@ def offsets(pieces: Pieces, ids: Sequence[int], text: str) -> NDArray[np.int64]:
 
     The space that many tokenizers put before a text ("▁a" for "a") or after it (`a</w>`) is no part of the text. Which
     texts get one is read off the text: Llama's get one always, Metaspace's and `add_prefix_space`'s only if they have
-    none. A token that is only this space ends at 0.
-
-    Raises:
-        ChassisError: the bytes of `ids` are not the text's: it was normalized, cut, or holds unknown or special tokens.
+    none. A token that is only this space ends at 0. ChassisError: the bytes of `ids` are not the text's: it was
+    normalized, cut, or holds unknown or special tokens.
     """
     covered, wanted = text_bytes(pieces, ids), text.encode(errors="surrogatepass")
     if covered not in (wanted, b" " + wanted, wanted + b" "):

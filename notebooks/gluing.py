@@ -7,7 +7,7 @@ import json
 import plotly.graph_objects as go
 from IPython.display import display
 
-from chassis_utils.mime import figure_html
+from bookpages import figure_html
 
 
 def glue_figure(name: str, figure: go.Figure) -> None:

@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import numpy as np
 import pandas as pd
 import torch
-from scipy.optimize import minimize
 from torch.linalg import vecdot
 
 from chassis_utils import Activations, Adapter, ChassisError
 from chassis_utils.adapter import heads
+from chassis_utils.solve import kl_fit
 
 #: (training rows, starting adapter, steps, step size) to the adapter after each step.
 Refiner = Callable[["_Rows", Adapter, int, float], Iterator[Adapter]]
@@ -65,7 +64,7 @@ def refine(
             with Nesterov's momentum, thrown away whenever the KL would rise) `lbfgs` (towards the optimum of all
             linear maps of what the adapter reads), `span` (the same among maps through the heads of base and expert,
             the family of the closed form) or `near` (in that family, the least KL plus `rate / 2` times the squared
-            distance from the start; see `_near`).
+            distance from the start; see `kl_fit`).
         steps: how many.
         rate: Adam's step size, or the penalty of `near`; the others need none.
 
@@ -171,44 +170,15 @@ def _lbfgs(rows: _Rows, start: Adapter, steps: int, rate: float, span: bool = Fa
 
 
 def _near(rows: _Rows, start: Adapter, steps: int, rate: float) -> Iterator[Adapter]:
-    """The least KL that is not far from the start, which may know more rows than these.
+    """The least KL that is not far from the start, which may know more rows than these; `gradient` is `kl_fit`'s."""
+    first, both = rows.dense(start), rows.both.float().to(rows.x.device)
+    own, adapters = rows.base + rows.with_one @ first.float(), []
 
-    The distance is measured with every feature at unit mean square and the output in the KL's own curvature F, floored
-    at 1e-4 of its largest value. In the coordinates `(C + rate I)^(1/2) . F^(1/2)` the curvature is near the unit
-    matrix (the Kronecker factors of Martens and Grosse 2015), so L-BFGS takes few passes over the rows. `gradient` is
-    the norm in these; the objective is strongly convex, and no map lies lower by more than its square over
-    `2 rate / (rate + the largest value of C)`.
-    """
-    size = rows.x.double().square().mean(0).sqrt()
-    size = torch.cat([size.clamp(min=1e-6 * float(size.max())), size.new_ones(1)])[:, None]
-    z, both, n = (rows.with_one.double() / size.T).float(), rows.both.float().to(rows.x.device), len(rows.x)
-    values, vectors = torch.linalg.eigh(z.double().T @ z.double() / n)
-    left = (vectors / (values.clamp(min=0) + rate).sqrt()) @ vectors.T
-    mean = (rows.p @ both.T).double()
-    values, vectors = torch.linalg.eigh(((both * rows.p.mean(0)) @ both.T).double() - mean.T @ mean / n)
-    right = (vectors / values.clamp(min=1e-4 * float(values[-1])).sqrt()).T
-    first, norms = rows.dense(start), []
-    own = rows.base + rows.with_one @ first.float()
+    def seen(weight: torch.Tensor, bias: torch.Tensor, gradient: float) -> None:
+        whole = first + torch.cat([weight, bias[None]]) @ both.double()
+        adapters.append(replace(_from_dense(start, whole), info=start.info | {"gradient": gradient}))
 
-    def moved(point: np.ndarray) -> torch.Tensor:
-        return left @ torch.from_numpy(point).view(len(left), len(right)).to(left)
-
-    def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
-        there = moved(point)
-        ours = own + (z @ (there @ right).float()) @ both
-        wrong = (ours.softmax(-1) - rows.p) @ both.T
-        slope = left @ ((z.T @ wrong).double() / n @ right.T + rate * there)
-        norms.append(float(slope.norm()))
-        return rows.kl(ours) + rate / 2 * float(there.square().sum()), slope.flatten().cpu().numpy()
-
-    adapters: list[Adapter] = []
-
-    def after(intermediate_result: object) -> None:
-        whole = first + (moved(intermediate_result.x) @ right / size) @ both.double()
-        adapters.append(replace(_from_dense(start, whole), info=start.info | {"gradient": norms[-1]}))
-
-    options = {"maxiter": steps, "ftol": 0, "gtol": 0}
-    minimize(loss, np.zeros(len(left) * len(right)), jac=True, method="L-BFGS-B", callback=after, options=options)
+    kl_fit(rows.x, lambda some: (own[some], rows.p[some]), both, rate, seen, steps)
     yield from adapters or [start]  # no step is left to take from the optimum itself
 
 

@@ -13,7 +13,7 @@ import torch
 import transformers as tf
 
 from chassis_utils import Activations, ChassisError, LanguageModel, Probes, SyntheticExpert, harvest, load
-from chassis_utils.records import _label, _missing
+from chassis_utils.records import _NAMES, _missing
 from pocket_recipe import llama_tokenizer
 
 VOCAB = 400
@@ -176,7 +176,8 @@ def same(a: pd.DataFrame, b: pd.DataFrame) -> list[str]:
         for row in frame.to_dict("records"):
             timing = row["metric"] in ("seconds", "ratio")
             names = ("value", "reported", "versions", "revision")[timing:]
-            found[_label(row)] = {name: None if _missing(row[name]) else row[name] for name in names}
+            label = " ".join(f"{name}={row[name]}" for name in _NAMES if not _missing(row[name]))
+            found[label] = {name: None if _missing(row[name]) else row[name] for name in names}
         return found
 
     left, right = rows(a), rows(b)

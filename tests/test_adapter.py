@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import alignment  # noqa: F401  registers hidden, aligned and projected
 from chassis_utils import Activations, Adapter, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load
 from chassis_utils.adapter import METHODS
+from plugs import exact_adapter
 
 R = 4
 # `descent` and `v2` have tests of their own.
@@ -141,7 +142,7 @@ def test_any_synthetic_expert_has_its_exact_adapter(
 ) -> None:
     expert = SyntheticExpert.from_base(base, rank, strength, seed)
     a = harvest(base, expert, unseen, "all", layers=[], progress=False)
-    adapter = Adapter.exact(base, expert)
+    adapter = exact_adapter(base, expert)
     table = evaluate(base, expert, [adapter, fit(a, "rrr", rank)], a, allow_overlap=True)
     assert adapter.rank == rank
     assert abs(table.kl[1]) <= 1e-9 and table.kl[2] <= 1e-6 < table.kl[0]
@@ -213,7 +214,7 @@ def test_an_adapter_comes_back_equal(
         adapter = fit(activations, method, layer=1 if method == "v1" else -1)
         adapter = adapter.at_rank(min(3, adapter.rank))
     else:
-        adapter = Adapter.identity(base) if method == "identity" else Adapter.exact(base, synthetic)
+        adapter = Adapter.identity(base) if method == "identity" else exact_adapter(base, synthetic)
     folder = adapter.save(tmp_path / "deep" / "adapter")
     back = Adapter.load(folder, base)
     for name, value in vars(adapter).items():

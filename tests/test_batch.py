@@ -225,7 +225,7 @@ def test_a_book_is_built_only_from_executed_notebooks(inside: Path) -> None:
     (inside / "_toc.yml").write_text(yaml.safe_dump(toc))
     (inside / "_config.yml").write_text(
         "title: Toy\nonly_build_toc_files: true\nexecute: {execute_notebooks: 'off'}\n"
-        "sphinx: {extra_extensions: [chassis_utils.mime]}\n"
+        f"sphinx: {{local_extensions: {{bookpages: {Path(batch.__file__).resolve().parents[1] / 'notebooks'}}}}}\n"
     )
     # A link to the run of the profile that is not built would be a warning, and fail the build.
     (inside / "index.md").write_text("# Toy\n\n[A page](book/run/pocket/1_look), [another](book/second)\n")

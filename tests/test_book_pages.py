@@ -17,7 +17,7 @@ import pytest
 from conftest import walk
 from test_plots import grid
 
-from chassis_utils.mime import figure_html
+from bookpages import figure_html
 from plots import METHODS, kl_vs_rank
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +67,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "_config.yml", folder)
     (folder / "book").mkdir()
     shutil.copy(ROOT / "book" / "references.bib", folder / "book")
+    (folder / "notebooks").mkdir()
+    shutil.copy(NOTEBOOKS / "bookpages.py", folder / "notebooks")
     shutil.copytree(ROOT / "book" / "assets", folder / "book" / "assets")
     (folder / "_toc.yml").write_text(
         "format: jb-book\nroot: index\nchapters: [{file: two}, {file: none}, {file: menu}, {file: table}]\n"

@@ -9,21 +9,11 @@ import pytest
 import torch
 from conftest import make, refused
 
-from chassis_utils import (
-    BiasExpert,
-    LanguageModel,
-    Probes,
-    evaluate,
-    fit,
-    gather,
-    harvest,
-    load,
-    load_expert,
-    probe_set,
-)
-from chassis_utils.experts import STRENGTHS, log_ratio, personal_gate, tokens_of
+import alignment  # noqa: F401  it registers three methods
+from chassis_utils import LanguageModel, Probes, evaluate, fit, gather, harvest, load, probe_set
 from chassis_utils.features import Features
 from chassis_utils.models import tensor_hash
+from plugs import STRENGTHS, BiasExpert, load_expert, log_ratio, personal_gate, tokens_of
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import refused
 
-from chassis_utils import Activations, Adapter, BiasExpert, LanguageModel, Probes, evaluate, fit, harvest, probe_set
+from chassis_utils import Activations, Adapter, LanguageModel, Probes, evaluate, fit, harvest, probe_set
 from chassis_utils.probes import TEMPLATES
 from chassis_utils.tokens import token_bytes
 from interventions import (
@@ -22,6 +22,7 @@ from interventions import (
     strength_figure,
     tokens_figure,
 )
+from plugs import BiasExpert
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from chassis_utils import (
     metrics,
 )
 from chassis_utils.metrics import interval, kl, ratio_bounds
+from plugs import exact_adapter
 from pocket_recipe import gpt2_tokenizer
 
 TEXTS = ("The river rises in the hills, naïve and cold.", "24 - 9 = 15 rolls are left — 東京.")
@@ -89,7 +90,7 @@ def test_blocks_and_harvested_activations_change_nothing(
 
 def test_nothing_is_recovered_where_nothing_was_lost(base: LanguageModel, unseen: Probes) -> None:
     same = SyntheticExpert.from_base(base, strength=0)
-    table = evaluate(base, same, Adapter.exact(base, same), unseen)
+    table = evaluate(base, same, exact_adapter(base, same), unseen)
     assert table.kl.abs().max() < 1e-12 and table.recovered.isna().all() and (table.top1_agreement == 1).all()
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import same
 
-from chassis_utils import Adapter, LanguageModel, Probes, SyntheticExpert, evaluate
+from chassis_utils import LanguageModel, Probes, SyntheticExpert, evaluate
 from chassis_utils.errors import ChassisError
 from chassis_utils.records import FIELDS, Records, forget, read_records, replace_text
+from plugs import exact_adapter
 from study import reported
 from tables import TABLE, results_table, write_table
 
@@ -219,7 +220,7 @@ def test_the_study_is_quoted_by_name() -> None:
 def test_the_table_gives_back_what_evaluate_measured(
     tmp_path: Path, base: LanguageModel, synthetic: SyntheticExpert, unseen: Probes
 ) -> None:
-    exact = Adapter.exact(base, synthetic)
+    exact = exact_adapter(base, synthetic)
     probes = [unseen, Probes("late", "val", unseen.prompts[:9])]
     frame = evaluate(base, synthetic, [exact.at_rank(r).named("exact") for r in (1, 4)], probes, positions="all")
     records = Records(tmp_path, experiment="exact_adapter", notebook="01", seed=3)

@@ -1,7 +1,7 @@
-"""Plotly figures in the book: the renderer MyST-NB lacks, and the scripts of its pages.
+"""The book's own Sphinx extension: plotly figures and long tables on its pages, which quote the run that is built.
 
-The page holds the figure's JSON and nothing else; one `plotly.min.js`, taken from the installed plotly, is
-loaded where a page has a figure. All of it works from `file://`, with no network.
+A page holds a figure's JSON and nothing else; one `plotly.min.js`, taken from the installed plotly, is loaded where a
+page has a figure. All of it works from `file://`, with no network.
 """
 
 from __future__ import annotations
@@ -11,25 +11,10 @@ import json
 import os
 import re
 from importlib.resources import files
-from typing import Any, ClassVar
-
-from docutils import nodes
+from typing import Any
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 MARK, SORTABLE = 'class="chassis-plot"', 'class="dataframe sortable"'
-
-
-class PlotlyRenderer:
-    """MyST-NB mime renderer (entry point `myst_nb.mime_renderers`) for figures as papermill stores them."""
-
-    mime_priority_overrides: ClassVar[list[tuple[str, str, int | None]]] = [("*", PLOTLY_MIME, 1)]
-
-    @staticmethod
-    def handle_mime(renderer: Any, data: Any, inline: bool) -> list[nodes.Element] | None:
-        """The nodes of one output, or None where the output is not a plotly figure."""
-        if inline or data.mime_type != PLOTLY_MIME:
-            return None
-        return [nodes.raw(text=figure_html(data.content), format="html", classes=["output"])]
 
 
 def figure_html(figure: dict[str, Any]) -> str:
@@ -53,16 +38,25 @@ def figure_html(figure: dict[str, Any]) -> str:
     )
 
 
-def _add_scripts(app: Any, config: Any) -> None:
-    """Put plotly and the scripts that draw figures and sort tables among the site's static files."""
-    own = [files("chassis_utils") / name for name in ("figures.js", "tables.js")]
-    config.html_static_path += map(str, [files("plotly") / "package_data" / "plotly.min.js", *own])
+def _add_plotly(app: Any, config: Any) -> None:
+    """Put plotly among the site's static files, beside the scripts that draw figures and sort tables."""
+    config.html_static_path.append(str(files("plotly") / "package_data" / "plotly.min.js"))
 
 
 def _quote_run(app: Any, page: str, source: list[str]) -> None:
     """Let the pages that quote the run of the profile `pocket` quote the run that is built."""
     if run := os.environ.get("CHASSIS_RUN"):
         source[0] = source[0].replace("run/pocket", run)
+
+
+def _show_figures(app: Any, page: str, source: list[str]) -> None:
+    """Give MyST-NB, which knows no plotly, the figures of an executed notebook as HTML."""
+    if app.env.doc2path(page).endswith(".ipynb"):
+        notebook = json.loads(source[0])
+        for data in (output.get("data", {}) for cell in notebook["cells"] for output in cell.get("outputs", ())):
+            if figure := data.pop(PLOTLY_MIME, None):
+                data["text/html"] = figure_html(figure)
+        source[0] = json.dumps(notebook)
 
 
 def _load_scripts(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
@@ -77,8 +71,9 @@ def _load_scripts(app: Any, page: str, template: str, context: dict[str, Any], d
 
 
 def setup(app: Any) -> dict[str, bool]:
-    """The Sphinx extension: scripts copied once, loaded per page; pages that quote the run that is built."""
-    app.connect("config-inited", _add_scripts)
+    """The extension: plotly copied once, figures made HTML, scripts loaded per page, the run that is built quoted."""
+    app.connect("config-inited", _add_plotly)
     app.connect("source-read", _quote_run)
+    app.connect("source-read", _show_figures)
     app.connect("html-page-context", _load_scripts)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
