@@ -468,10 +468,12 @@ def lines(
     return _shown(figure, title, alt, *controls, xaxis={"title_text": x} | axis, yaxis_rangemode="tozero", height=470)
 
 
-def summary(frame: pd.DataFrame, labels: dict[str, str], said: Callable[[pd.Series], float | None]) -> Styler:
+def summary(
+    frame: pd.DataFrame, labels: dict[str, str], said: Callable[[pd.Series], float | None] = lambda row: None
+) -> Styler:
     """What was reported, reproduced and corrected beside its own target's identity, one row a measurement.
 
-    `labels` is method -> how to call it, in the order shown; `said` is what `quoted` returns.
+    `labels` is method -> how to call it, in the order shown; `said` is what `quoted` returns, if the study said any.
     """
     shown = frame[frame["method"].isin(labels)]
     shown = shown.sort_values("method", key=lambda names: names.map([*labels].index), kind="stable")
