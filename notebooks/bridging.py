@@ -477,9 +477,9 @@ def summary(
     """
     shown = frame[frame["method"].isin(labels)]
     shown = shown.sort_values("method", key=lambda names: names.map([*labels].index), kind="stable")
-    table = {"what": shown["method"].map(labels), "target": shown["expert"], "prompts": shown["probes"]}
-    table |= {"split": shown["split"], "reported": shown.apply(said, axis=1).astype(float), "KL": shown["kl"]}
-    table |= {"identity": shown["kl_identity"], "recovered": shares(shown), "n": shown["n"]}
+    table = {"what": shown["method"].map(labels), "target": shown["expert"].str.split(n=1).str[-1]}
+    table |= {"on": shown["probes"] + ", " + shown["split"], "reported": shown.apply(said, axis=1).astype(float)}
+    table |= {"KL": shown["kl"], "identity": shown["kl_identity"], "recovered": shares(shown), "n": shown["n"]}
     style = pd.DataFrame(table).style.format(precision=3, na_rep="–").hide()
     return style.set_caption("KL in nats to the target named; share of its identity KL recovered, 95% over passages")
 
@@ -525,12 +525,15 @@ def fates(frame: pd.DataFrame, colours: dict[str, str], title: str) -> go.Figure
                 hovertemplate="<b>%{y}</b>, probability %{x:.3f}<br>%{customdata}<extra></extra>",
             )  # fmt: skip
     names = [*labels.values()]
+    entries = _owned(figure, 0, names, "visible", True, False)
+    for name, most in zip(names, frame.groupby("prompt", sort=False)["p"].max(), strict=True):
+        entries[name].append({"xaxis.range": [0, 2.4 * most]})  # the longest bar has its note beside it
     of = frame.groupby("fate")["p"].sum().reindex([*colours], fill_value=0) / frame["p"].sum()
     said = "; ".join(f"{fate}: {share:.0%}" for fate, share in of.items())
     return _shown(
         figure, title, f"The expert's likeliest tokens at {len(names)} prompts, by what becomes of their mass. {said}.",
-        (names[0], _owned(figure, 0, names, "visible", True, False)), barmode="overlay", height=520, margin_b=110,
-        xaxis={"title_text": "probability the expert gives", "range": [0, 1.45 * frame["p"].max()]},
+        (names[0], entries), barmode="overlay", height=520, margin_b=110,
+        xaxis_title_text="probability the expert gives",
         yaxis={"autorange": "reversed", "showgrid": False, "type": "category"},
     )  # fmt: skip
 
