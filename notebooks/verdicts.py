@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 
 import pandas as pd
@@ -249,7 +250,8 @@ def judge(records: str | Path | pd.DataFrame, experiment: str) -> Verdict:
         ChassisError: there is no rule of that name, or the records cannot be read.
     """
     if experiment not in RULES:
-        raise ChassisError(f"no rule decides '{experiment}': there are rules for {', '.join(RULES)}")
+        nearest = ", ".join(get_close_matches(experiment, RULES, 3, 0))
+        raise ChassisError(f"no rule decides '{experiment}': there are rules for {nearest} and {len(RULES) - 3} others")
     frame = records if isinstance(records, pd.DataFrame) else read_records(records)
     claim, text = (EXPERIMENTS[experiment][part] for part in ("claim", "rule"))
     evidence = _Rules(frame[frame["experiment"] == experiment])
