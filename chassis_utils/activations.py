@@ -127,7 +127,7 @@ def harvest(
         if isinstance(expert, ForeignExpert):
             model, (their_ids, _) = expert.model, tokenize(expert.model, probes)
             told = collect(their_ids, model, [model.num_layers])[f"hidden.{model.num_layers}"]
-            theirs = expert.rows(bare, ids, told, their_ids, probes.prompts, positions)
+            theirs = expert.rows((bare, told), (ids, their_ids), probes.prompts, positions)
         else:
             theirs = expert.transform(bare.to(base.device)).cpu()
     return Activations(base, expert, probes, positions, states, theirs, part["prompt"], part["next_token"], num_bytes)

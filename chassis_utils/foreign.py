@@ -31,14 +31,9 @@ class ForeignReadout:
     table: scipy.sparse.csr_matrix  #: `(vocab, vocab_expert)`
     softcap: float | None = None  #: What comes out are log probabilities
 
-    @property
-    def width(self) -> int:
-        """Numbers in a row."""
-        return self.expert.width + self.base.width + 1
-
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Log probabilities `(n, vocab)`."""
-        states, own, meet = rows.split([self.expert.width, self.base.width, 1], dim=1)
+        states, own, meet = rows.split([self.expert.weight.shape[1], self.base.weight.shape[1], 1], dim=1)
         target, meet = self.base(own).softmax(-1), meet[:, 0] > 0
         told = self.expert(states[meet]).softmax(-1).cpu().numpy()
         placed = torch.from_numpy(np.ascontiguousarray((self.table @ told.T).T)).to(target)
@@ -101,24 +96,17 @@ class ForeignExpert:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def rows(
-        self,
-        own: torch.Tensor,
-        ids: Sequence[list[int]],
-        theirs: torch.Tensor,
-        their_ids: Sequence[list[int]],
-        texts: Sequence[str],
-        positions: str,
+        self, states: Sequence[torch.Tensor], ids: Sequence[list[list[int]]], texts: Sequence[str], positions: str
     ) -> torch.Tensor:
-        """What `readout` reads, `(n, width)`, of the base's final states `own (n, hidden)`, the expert's `theirs`.
+        """What `readout` reads, `(n, expert hidden + hidden + 1)`, of final states of the base and of the expert.
 
-        Both are given behind every token of `ids` and `their_ids`, or with `positions` `last` behind each text.
-
-        Raises:
-            ChassisError: a text whose bytes a tokenizer changes.
+        Both are given behind every one of their `ids`, or with `positions` `last` behind each text. ChassisError for a
+        text whose bytes a tokenizer changes.
         """
+        own, theirs = states
         rows = torch.cat([own.new_zeros(len(own), theirs.shape[1]), own, own.new_zeros(len(own), 1)], dim=1)
         at, there, first, their_first = [], [], 0, 0
-        for one, other, text in zip(ids, their_ids, texts, strict=True):
+        for one, other, text in zip(*ids, texts, strict=True):
             every = positions == "all"
             here, beside = _meetings(self._pieces, one, other, text) if every else ([0], [0])
             at += [first + n for n in here]

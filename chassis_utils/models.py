@@ -57,11 +57,6 @@ class Readout:
         """Real tokens."""
         return self.weight.shape[0]
 
-    @property
-    def width(self) -> int:
-        """Size of the states that it reads."""
-        return self.weight.shape[1]
-
     def linear(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits before the cap, `(n, vocab)`, of hidden states `(n, hidden)`."""
         return torch.nn.functional.linear(hidden, self.weight, self.bias)

@@ -191,14 +191,9 @@ def kl_fit(
     Martens and Grosse 2015), so that L-BFGS takes few passes over the rows. The objective is strongly convex without a
     cap: it is nowhere lower by more than the gradient's squared norm in these coordinates over `2 lam / (lam + max C)`.
 
-    Args:
-        x: `(n, p)`.
-        given: a slice of the rows to their `own` logits and their target probabilities, `(m, q)` each.
-        basis: `(k, q)`.
-        lam: above zero.
-        seen: called after each step with `W`, `b` and the gradient's norm; ends the search where it gives True.
-        passes: steps at most; the one that sets up F is another.
-        cap: of logits.
+    `x` is `(n, p)`, `basis (k, q)`. `given` takes a slice of the rows to their `own` logits and target probabilities,
+    `(m, q)` each. `seen` is called after each step with `W`, `b` and the norm of the gradient; it ends the search by
+    giving True. `passes` are steps at most, and the one that sets up F is another. `lam` is above zero.
     """
     n, blocks = len(x), [*torch.arange(len(x)).split(max(1, LOGITS // basis.shape[1]))]
     blocks = [slice(int(block[0]), int(block[-1]) + 1) for block in blocks]

@@ -8,12 +8,11 @@ import random
 import re
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from bridging import COLOURS, LEAST, Places, _short, lines, spread, target_logits, variation, written_alike
+from bridging import COLOURS, LEAST, Places, lines, short, spread, target_logits, variation, written_alike
 from chassis_utils import Bridge, Bridged, token_bytes
 from chassis_utils.metrics import kl
 from plots import _dropdowns, _finish, _numbers, _owned
@@ -70,7 +69,7 @@ def flow_figure(frame: pd.DataFrame, title: str) -> go.Figure:
     figure, names = go.Figure(), []
     for n, (prompt, rows) in enumerate(frame[frame["fate"] != "not followed"].groupby("prompt", sort=False)):
         nodes, links = {}, []
-        names.append(name := f"{_short(n, prompt)} ({rows['mass'].sum():.0%})")
+        names.append(name := f"{short(n, prompt)} ({rows['mass'].sum():.0%})")
         for side, (start, stop) in enumerate((("token", "bytes"), ("bytes", "to"))):
             for (a, b, fate), mass in rows.groupby([start, stop, "fate"], sort=False)["mass"].sum().items():
                 ends = [nodes.setdefault((side + n, one), len(nodes)) for n, one in enumerate((a, b))]
@@ -126,7 +125,7 @@ def budget_figure(
     `aims` is, for "undecided" and "total variation", the most that is aimed at by budget.
     """
     reference, rows = found[max(found)], []
-    for number, prompt in [(slice(None), "mean of all"), *((n, _short(n, p)) for n, p in enumerate(prompts))]:
+    for number, prompt in [(slice(None), "mean of all"), *((n, short(n, p)) for n, p in enumerate(prompts))]:
         for budget, one in found.items():
             off = variation(one.mass, reference.mass) if one is not reference else torch.full((1,), torch.nan)
             values = {"undecided": one.undecided, "total variation": off.expand(len(prompts))}
@@ -134,12 +133,12 @@ def budget_figure(
         rows += [(prompt, n, f"aim, {name}", x) for name, aim in aims.items() for n, x in aim.items()]
     frame = pd.DataFrame(rows, columns=["prompt", "passes", "method", "value"])
     frame["drawn"] = frame["value"].clip(lower=LEAST_DRAWN)
-    aim = frame["method"].str.startswith("aim")
-    frame["colour"] = np.where(frame["method"].str.endswith("undecided"), "blue", "vermilion")
-    frame["dash"], frame["symbol"] = np.where(aim, "dot", "solid"), np.where(aim, "x", "circle")
+    aim, looks = frame["method"].str.startswith("aim"), {}
+    for name, colour in (("undecided", "blue"), ("total variation", "vermilion")):
+        looks |= {name: (colour, "circle", "solid"), f"aim, {name}": (colour, "x", "dot")}
     told = frame[(frame["prompt"] == "mean of all") & ~aim & frame["value"].notna()]
     alt = "; ".join(f"{row.method} {row.value:.2g} at {row.passes}" for row in told.itertuples())
-    figure = lines(frame, "passes", {"mass": ("drawn", "")}, title, f"Mean of the prompts: {alt}.", by="prompt")
+    figure = lines(frame, "passes", {"drawn": ("mass", "")}, looks, title, f"Mean of the prompts: {alt}.", by="prompt")
     return figure.update_layout(xaxis_type="category", yaxis={"type": "log", "title_text": "share of all mass"})
 
 
