@@ -24,7 +24,7 @@ from chassis_utils.records import replace_text
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
 from natural import chunks, natural
-from semantic import bytes_first, embeddings, hidden_to_hidden, judged, target
+from semantic import bytes_first, hidden_to_hidden, judged, target
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "bridged.json"
 COLUMNS = (
@@ -69,7 +69,7 @@ def main() -> None:
         adapter = fit(a)
         judge("v2", adapter, expert, len(a), time.perf_counter() - start)
     kept.append(("v2", adapter, len(a), rows[-1]["seconds"]))
-    bridges = {"hidden_to_hidden": hidden_to_hidden(a), "embeddings": embeddings(a), "bytes": bytes_first(a)}
+    bridges = {"hidden_to_hidden": hidden_to_hidden(a), "bytes": bytes_first(a)}
     start, parts = time.perf_counter(), chunks(whole, lengths, args.part)
     for number, (seen, _, adapter) in enumerate(natural(base, expert, parts, RATE), 1):
         spent = time.perf_counter() - start
@@ -88,7 +88,8 @@ def main() -> None:
         alone = pd.concat([evaluate(own, own, [], some, positions="all") for some in (val, test)])
     alone = alone.assign(method="expert", positions=0, seconds=None)
     frame = pd.concat([pd.DataFrame(rows), at_run_time, alone], ignore_index=True)[COLUMNS]
-    setting = {"expert": args.expert, "threads": torch.get_num_threads(), "part": args.part, "rate": RATE}
+    setting = {"base": base.name, "expert": args.expert, "counted": whole.name}
+    setting |= {"threads": torch.get_num_threads(), "part": args.part, "rate": RATE}
     print(frame.to_string(index=False, float_format="{:.4g}".format))
     replace_text(RESULTS, json.dumps(setting | {"rows": json.loads(frame.to_json(orient="records"))}, indent=1) + "\n")
 

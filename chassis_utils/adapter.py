@@ -267,7 +267,8 @@ def fit(
     info = {"n": len(activations), "lam": lam, "probes": " + ".join(one.name for one in probes)} | adapter.info
     info |= {"positions": activations.positions, "expert": expert.name}
     info |= {"base_revision": base.revision, "expert_revision": expert.revision}
-    seen = frozenset().union(*(one.fingerprints for one in probes))
+    whole = *probes, *filter(None, [getattr(expert, "text", None)])  # what a rule was counted on is fitted on
+    seen = frozenset().union(*(one.fingerprints for one in whole))
     adapter = replace(adapter, method=method, info=info, fitted_on=seen).to(base.device)
     adapter._checked(f"method {method} gives NaN or infinity at layer {layer}: try a larger lam")
     return adapter if rank is None else adapter.at_rank(rank)

@@ -39,7 +39,7 @@ def _v2(
     3. On every eighth prompt, held out, are chosen: lam of the edits by squares, the rest, and whether to edit, by KL.
 
     From `Statistics`, which cannot be run again, it is the second step on what they hold. `lam` is a share of the rows
-    here; `blocks` False leaves the first step out; `edit_rank` cuts its maps.
+    here; `blocks` False leaves the first step out; `edit_rank` cuts its maps. For a `ForeignExpert`: `near`.
     """
     if metric not in ("data", "kl"):
         raise ChassisError(f"metric = '{metric}': choose data or kl")

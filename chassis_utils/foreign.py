@@ -67,8 +67,8 @@ class ForeignExpert:
         pieces, pairs = [token_bytes(model.tokenizer) for model in models], []
         for text in self.text.prompts if self.text else ():
             ids, theirs = (model.tokenizer(text, verbose=False)["input_ids"] for model in models)
-            rows, there = _meetings(pieces, ids, theirs, text)
-            pairs += [(theirs[k + 1], ids[n + 1]) for n, k in zip(rows, there, strict=True) if n + 1 < len(ids)]
+            both = zip(*_meetings(pieces, ids, theirs, text), strict=True)
+            pairs += [(theirs[k + 1], ids[n + 1]) for n, k in both if n + 1 < len(ids) and k + 1 < len(theirs)]
         table = self.bridge.table[:, :-2]
         if pairs:
             token, to = np.array(pairs).T
@@ -100,8 +100,8 @@ class ForeignExpert:
     ) -> torch.Tensor:
         """What `readout` reads, `(n, expert hidden + hidden + 1)`, of final states of the base and of the expert.
 
-        Both are given behind every one of their `ids`, or with `positions` `last` behind each text. ChassisError for a
-        text whose bytes a tokenizer changes.
+        Both are given behind every one of their `ids`, or with `positions` `last` behind each text. ChassisError, with
+        `all`, for a text whose bytes a tokenizer changes.
         """
         own, theirs = states
         rows = torch.cat([own.new_zeros(len(own), theirs.shape[1]), own, own.new_zeros(len(own), 1)], dim=1)

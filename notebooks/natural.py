@@ -59,6 +59,8 @@ class _Edit:
 
 def chunks(probes: Probes, lengths: Sequence[int], tokens: int, seed: int = 0) -> list[Probes]:
     """The prompts in random order, in parts of at least so many tokens; what is left over is left out."""
+    if len(lengths) != len(probes):
+        raise ChassisError(f"{len(lengths)} lengths for the {len(probes)} prompts of '{probes.name}': give one each")
     order, found, part, total = [*range(len(probes))], [], [], 0
     random.Random(seed).shuffle(order)
     for i in order:
@@ -85,7 +87,8 @@ def natural(
 ) -> Iterator[tuple[int, float, Adapter]]:
     """A step after each part of the text, every part read once: so what is said of a part was not fitted on it.
 
-    `rate` is shared by the layers and falls in a line to a tenth; `damping` is a share of each column's mean square.
+    `rate` is shared by the layers, rises over three parts and falls in a line to a tenth; `damping` is a share of each
+    column's mean square.
 
     Yields:
         Positions seen, KL (nats) on the part before its step, and the adapter after it: edits, and no map at the end.
@@ -117,10 +120,10 @@ def natural(
         for edit, found in zip(edits, sums, strict=True):
             edit.step(found, len(a), 1 / min(number + 1, 10), now, damping, momentum)
         seen += len(a)
-        yield seen, lost / len(a), _adapter(base, edits, parts[: number + 1])
+        yield seen, lost / len(a), _adapter(base, expert, edits, parts[: number + 1])
 
 
-def _adapter(base: LanguageModel, edits: Sequence[_Edit], read: Sequence[Probes]) -> Adapter:
+def _adapter(base: LanguageModel, expert: Expert, edits: Sequence[_Edit], read: Sequence[Probes]) -> Adapter:
     """The edits as they stand; the adapter itself adds nothing."""
     found = []
     for edit in edits:
@@ -132,5 +135,6 @@ def _adapter(base: LanguageModel, edits: Sequence[_Edit], read: Sequence[Probes]
         found.append(
             Adapter("natural", edit.layer, down, up, edit.weight[-1].clone(), base.name, base.head_hash, **kind)
         )
+    read = [*read, *filter(None, [getattr(expert, "text", None)])]
     fitted = frozenset().union(*(probes.fingerprints for probes in read))
     return replace(Adapter.identity(base), method="natural", edits=tuple(found), fitted_on=fitted)

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from chassis_utils import Activations, ChassisError, ForeignExpert, Gram, LanguageModel, ridge
+from bridging import logits
+from chassis_utils import Activations, Bridge, ChassisError, ForeignExpert, Gram, LanguageModel, ridge
 from chassis_utils.metrics import kl, ratio_bounds
-from chassis_utils.tokens import ids_of, token_bytes
+from chassis_utils.tokens import token_bytes
 
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 Answer = Callable[[Activations], torch.Tensor]
@@ -35,9 +36,9 @@ def _foreign(a: Activations) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _at_meetings(a: Activations, said: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """The base's logits `(n, vocab)`, and where both have an end what is made of expert states and those logits."""
-    logits, (meet, states) = a.base.readout(a.hidden[a.final]), _foreign(a)
-    logits[meet] = said(states, logits[meet])
-    return logits
+    own, (meet, states) = logits(a.base, a.hidden[a.final]), _foreign(a)
+    own[meet] = said(states, own[meet])
+    return own
 
 
 def hidden_to_hidden(train: Activations, lam: float = 1e-4) -> Answer:
@@ -47,7 +48,7 @@ def hidden_to_hidden(train: Activations, lam: float = 1e-4) -> Answer:
     """
     meet, states = _foreign(train)
     weight, bias = ridge(Gram.of(states, train.hidden[train.final][meet]), lam)
-    return lambda a: _at_meetings(a, lambda states, _: a.base.readout((states.double() @ weight + bias).float()))
+    return lambda a: _at_meetings(a, lambda states, _: logits(a.base, (states.double() @ weight + bias).float()))
 
 
 def embeddings(train: Activations, lam: float = 1e-4) -> Answer:
@@ -57,16 +58,14 @@ def embeddings(train: Activations, lam: float = 1e-4) -> Answer:
     and the logits are its products with the base's, times the strength that is best on the training places.
     """
     expert, base = _models(train)
-    own, pieces = ids_of(token_bytes(base.tokenizer)[: base.vocab_size]), token_bytes(expert.tokenizer)
-    pairs = [(i, own[piece][0]) for i, piece in enumerate(pieces[: expert.vocab_size]) if piece in own]
-    theirs, ours = (torch.tensor(side) for side in zip(*pairs, strict=True))
-    heads = [model.readout.weight - model.readout.weight.mean(0) for model in (expert, base)]
+    theirs, ours = (torch.from_numpy(side).long() for side in Bridge(expert, base, "A").table[:, :-2].nonzero())
+    heads = [(model.readout.weight - model.readout.weight.mean(0)).cpu() for model in (expert, base)]
     weight, bias = ridge(Gram.of(heads[0][theirs], heads[1][ours]), lam)
     mapped = (heads[0].double() @ weight + bias).float()
 
     def said(strength: float) -> Answer:
         def products(states: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-            return strength * expert.readout(states).softmax(-1) @ mapped @ heads[1].T
+            return strength * logits(expert, states).softmax(-1) @ mapped @ heads[1].T
 
         return lambda a: _at_meetings(a, products)
 
@@ -81,11 +80,11 @@ def bytes_first(train: Activations) -> Answer:
     expert, base = _models(train)
     first = [_first_bytes(model) for model in (expert, base)]
 
-    def said(states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        theirs = expert.readout(states).softmax(-1) @ first[0]
-        own = logits.softmax(-1) @ first[1]
+    def said(states: torch.Tensor, plain: torch.Tensor) -> torch.Tensor:
+        theirs = logits(expert, states).softmax(-1) @ first[0]
+        own = plain.softmax(-1) @ first[1]
         ratio = (theirs.clamp(min=1e-12) / own.clamp(min=1e-12)).log() @ first[1].T
-        return logits + ratio
+        return plain + ratio
 
     return lambda a: _at_meetings(a, said)
 
@@ -102,16 +101,16 @@ def _first_bytes(model: LanguageModel) -> torch.Tensor:
 
 def target(a: Activations) -> torch.Tensor:
     """What the bridge itself says, which an adapter aims at, `(n, vocab)`."""
-    return a.expert.readout(a.expert_hidden)
+    return a.expert.readout(a.expert_hidden.to(a.base.device)).cpu()
 
 
-def _nats(a: Activations, logits: torch.Tensor, there: torch.Tensor | None = None) -> float:
+def _nats(a: Activations, said: torch.Tensor, there: torch.Tensor | None = None) -> float:
     """Nats of the text that follows, all of it unless some places are told."""
     there = a.next_token >= 0 if there is None else there
-    return float(-logits[there].double().log_softmax(-1).gather(1, a.next_token[there][:, None]).sum())
+    return float(-said[there].double().log_softmax(-1).gather(1, a.next_token[there][:, None]).sum())
 
 
-def judged(a: Activations, answers: Mapping[str, Answer], told: str = "text") -> pd.DataFrame:
+def judged(a: Activations, answers: Mapping[str, Answer]) -> pd.DataFrame:
     """KL from the bridge's target and bits per byte of the text, for answers that need the expert at run time.
 
     Returns:
@@ -119,7 +118,7 @@ def judged(a: Activations, answers: Mapping[str, Answer], told: str = "text") ->
     """
     wanted, rows = target(a), []
     _, prompt, sizes = a.prompt.unique(return_inverse=True, return_counts=True)
-    lost = kl(wanted, a.base.readout(a.hidden[a.final]))
+    lost = kl(wanted, logits(a.base, a.hidden[a.final]))
     base = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, prompt, lost)
     for method, answer in answers.items():
         said = answer(a)
@@ -132,7 +131,7 @@ def judged(a: Activations, answers: Mapping[str, Answer], told: str = "text") ->
             "layer": a.final,
             "onto": "final",
         }
-        row |= {"split": told, "probes": a.probes.name, "n": len(a), "kl": float(each.sum()) / len(a)}
+        row |= {"split": a.probes.split, "probes": a.probes.name, "n": len(a), "kl": float(each.sum()) / len(a)}
         row |= {"kl_identity": float(base.sum()) / len(a), "recovered": 1 - float(each.sum() / base.sum())}
         (low, high), (worst, best) = ratio_bounds(each, sizes), ratio_bounds(each, base)
         row |= {"kl_low": low, "kl_high": high, "recovered_low": 1 - best, "recovered_high": 1 - worst}
@@ -152,7 +151,7 @@ def ends(a: Activations) -> pd.DataFrame:
     for where, some in (("both have an end", meet), ("inside a token", ~meet)):
         some = some & (a.next_token >= 0)
         row = {"where": where, "places": int(some.sum()), "share": float(some.double().mean())}
-        for name, said in (("base", a.base.readout(a.hidden[a.final])), ("bridge", target(a))):
+        for name, said in (("base", logits(a.base, a.hidden[a.final])), ("bridge", target(a))):
             row[name] = _nats(a, said, some) / max(1, row["places"])
         rows.append(row)
     return pd.DataFrame(rows)

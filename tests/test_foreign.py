@@ -111,9 +111,8 @@ def test_with_the_bases_own_tokenizer_nothing_is_lost(models: tuple[LanguageMode
     said, wanted = foreign.readout(there.expert_hidden), math.readout(plain.expert_hidden).log_softmax(-1)
     # What no token's bytes lead to (part of a character, special tokens) keeps the base's opinion.
     unknown = 1 - wanted.exp()[:, np.diff(foreign.readout.table.indptr) > 0].sum(1)
-    assert (
-        float(kl_div(said, wanted, log_target=True, reduction="none").sum(1).max()) <= 1e-3 + float(unknown.max()) * 5
-    )
+    off, known = kl_div(said, wanted, log_target=True, reduction="none").sum(1), unknown < 1e-3
+    assert int(known.sum()) > len(said) / 2 and float(off[known].max()) <= 0.01
 
 
 @pytest.mark.parametrize("positions", ["last", "all"])
@@ -153,6 +152,10 @@ def test_what_cannot_be_is_refused(models: tuple[LanguageModel, LanguageModel]) 
     with refused("pocket-base", "pocket-math", "bridge"):
         harvest(other, expert, TEXT, "all", progress=False)
     a = harvest(base, expert, replace(TEXT, prompts=TEXT.prompts[:9]), "all", [-1], progress=False)
+    counted = ForeignExpert(Bridge(phi, base, "C"), probe_set("math-text", "test", 2))
+    leaked = fit(harvest(base, counted, TEXT, "all", [-1], progress=False))
+    with refused("2 prompts", "fitted on"):
+        evaluate(base, counted, leaked, counted.text, positions="all")
     for method in ("ridge", "rrr", "v1"):
         with refused("v2", phi.name):
             fit(a, method)
