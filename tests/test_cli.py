@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,10 @@ def test_an_interrupt_leaves_no_half_written_notebook_and_no_kernel(tmp_path: Pa
     out = root / "book" / "run" / "toy"
     command = [*COMMAND, "run", "3_stop", "4_write", "--profile", "toy"]
     env = os.environ | {"PYTHONPATH": str(PACKAGE)}
-    process = subprocess.Popen(command, cwd=root, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    options = {"cwd": root, "env": env, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    # A shell starts what runs in the background deaf to interrupts, and children inherit that.
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, preexec_fn=hear, **options)
     limit = time.monotonic() + 180
     while not ((out / "pid").exists() and (out / "pid").read_text()):
         assert process.poll() is None and time.monotonic() < limit
