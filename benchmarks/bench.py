@@ -149,6 +149,19 @@ def harvested(name: str, n: int) -> int:
     return peak()
 
 
+def show(settings: dict[str, Any], found: dict[str, list[float]]) -> None:
+    """Print what was asked for, and of every part the median quotient between the least and the greatest."""
+    print(", ".join(f"{key} {value}" for key, value in settings.items()))
+    for name, runs in found.items():
+        print(f"{name:<52}{statistics.median(runs):12.4f}   ({min(runs):.4f} to {max(runs):.4f})")
+
+
+def reached(targets: dict[str, bool]) -> bool:
+    """Print which targets are met, and say whether all are."""
+    print(", ".join(f"{target}: {'met' if good else 'MISSED'}" for target, good in targets.items()))
+    return all(targets.values())
+
+
 def setting() -> dict[str, Any]:
     """What figures depend on besides the code."""
     return {"threads": torch.get_num_threads(), "torch": torch.__version__, "processors": os.cpu_count()}
@@ -203,14 +216,11 @@ def main() -> bool:
     found = measure(load(args.base, device="cpu"), load(args.expert, device="cpu"), args.n)
     found["peak memory, n / (n / 4) prompts"] = [large / small]
     settings = vars(args) | {"ranks": RANKS} | setting()
-    print(", ".join(f"{key} {value}" for key, value in settings.items()))
-    for name, runs in found.items():
-        print(f"{name:<48}{statistics.median(runs):9.3f}   ({min(runs):.3f} to {max(runs):.3f})")
+    show(settings, found)
     cost, gain = (statistics.median(found[name]) for name in ("ours / bare passes", "study, final layer / ours"))
     met = {f"cost {cost:.2f} at most 1.25": cost <= 1.25, f"gain {gain:.1f} at least 10": gain >= 10}
-    print(", ".join(f"{target}: {'met' if good else 'MISSED'}" for target, good in met.items()))
     write(RESULTS, settings | {"ratios": found, "targets": met})
-    return all(met.values())
+    return reached(met)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench import REPETITIONS, setting, write
+from bench import REPETITIONS, quotients, reached, setting, show, timed, write
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from chassis_utils import Bridge, ChassisError, LanguageModel, load, probe_set
+from chassis_utils.bridge import _spelled as cut
 
 RESULTS = Path(__file__).with_name("bridges.json")
 SEARCHED, CUT = 3, 400  #: Words that the search over pairs is timed on, and those that are cut
@@ -28,13 +29,8 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def rounds(above: Callable[[], object], below: Callable[[], object]) -> list[float]:
-    """Quotients of the two, timed in turn in alternating order."""
-    found = []
-    for number in range(REPETITIONS):
-        pair = (above, below) if number % 2 else (below, above)
-        spent = [seconds(run) for run in pair]
-        found.append(spent[number % 2 == 0] / spent[number % 2])
-    return found
+    """Quotients of the two, in CPU time."""
+    return quotients(timed({"above": above, "below": below}, time.process_time), "above", ["below"])["above / below"]
 
 
 def passes(model: LanguageModel, prompts: list[str]) -> torch.Tensor:
@@ -84,11 +80,6 @@ def search(word: str, own: list[str]) -> tuple[int, int] | None:
             if first + second == word:
                 return i, j
     return None
-
-
-def cut(word: str, own: dict[str, int]) -> list[int]:
-    """Stage B's: every place where the word can be cut."""
-    return [own[word[:n]] for n in range(1, len(word)) if word[:n] in own and word[n:] in own]
 
 
 def against_search(base: LanguageModel, expert: LanguageModel) -> tuple[list[float], int]:
@@ -152,9 +143,7 @@ def main() -> bool:
     found = measure(base, expert, prompts, tuple(args.large))
     found["search over pairs / cut"], agree = against_search(base, expert)
     settings = vars(args) | setting()
-    print(", ".join(f"{key} {value}" for key, value in settings.items()))
-    for name, runs in found.items():
-        print(f"{name:<48}{statistics.median(runs):12.4f}   ({min(runs):.4f} to {max(runs):.4f})")
+    show(settings, found)
     print(f"search and cut agree on {agree} of {SEARCHED} words; the search was timed on those, the cut on {CUT}")
     stages = max(statistics.median(found[f"stage {stage} / expert's forward"]) for stage in "ABC")
     tables = max(statistics.median(runs) for name, runs in found.items() if name.startswith("table"))
@@ -164,13 +153,12 @@ def main() -> bool:
         f"table {tables:.2f} s, at most 3": tables <= 3,
         f"cut {gain:.0f} times as fast, at least 1000": gain >= 1000 and agree == SEARCHED,
     }
-    print(", ".join(f"{target}: {'met' if good else 'MISSED'}" for target, good in met.items()))
     write(RESULTS, settings | {"ratios": found, "targets": met})
-    return all(met.values())
+    return reached(met)
 
 
 if __name__ == "__main__":
     try:
         sys.exit(not main())
     except ChassisError as error:
-        sys.exit(f"bench: {error}")
+        sys.exit(f"bridges: {error}")

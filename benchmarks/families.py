@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench import RANKS, alone, bare, forget, keep, peak, quotients, setting, timed, whole
+from bench import RANKS, alone, bare, forget, keep, peak, quotients, reached, setting, show, timed, whole
 
 from chassis_utils import (
     Activations,
@@ -124,16 +124,13 @@ def main() -> bool:
     about = {key: value for key, value in vars(args).items() if key != "out"} | {"ranks": RANKS} | setting()
     about["tokens"] = sum(tokens[: args.passages])
     about["held_out_tokens"] = sum(map(len, tokenize(base, held_out)[0]))
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
-    for name, runs in ratios.items():
-        print(f"{name:<52}{statistics.median(runs):8.3f}   ({min(runs):.3f} to {max(runs):.3f})")
+    show(about, ratios)
     for row in remembered:
         print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
     cost, growth = statistics.median(ratios["final layer / bare passes"]), remembered[0]["ratio"]
     met = {f"cost {cost:.2f} at most 1.15": cost <= 1.15, f"memory {growth:.2f} at most 1.2": growth <= 1.2}
-    print(", ".join(f"{target}: {'met' if good else 'MISSED'}" for target, good in met.items()))
     keep(args.out, families={"setting": about, "ratios": ratios, "memory": remembered, "targets": met})
-    return all(met.values())
+    return reached(met)
 
 
 if __name__ == "__main__":
