@@ -33,7 +33,7 @@ from chassis_utils import (
 )
 from chassis_utils.activations import batched
 from chassis_utils.adapter import assembled, method
-from chassis_utils.metrics import kl
+from chassis_utils.metrics import kl, ratio_bounds
 from chassis_utils.solve import low_rank
 from chassis_utils.tokens import ids_of, offsets
 from plots import GREY, STYLES, _dropdowns, _figures, _finish, _numbers, _owned, shares
@@ -239,6 +239,13 @@ def softened(placed: torch.Tensor, own: torch.Tensor, share: float = 0.01) -> to
     would *raise* the unlikely ones.
     """
     return ((1 - share) * spread(placed) + share * own.double().softmax(-1)).log()
+
+
+def bounds(passage: torch.Tensor, nats: torch.Tensor, of: torch.Tensor | None = None) -> tuple[float, float]:
+    """95% of the mean of `nats (n,)`, or of their share of others, over passages `(n,)`: each is one sample."""
+    _, number = passage.unique(return_inverse=True)
+    rows = torch.stack([nats, torch.ones_like(nats) if of is None else of])
+    return ratio_bounds(*rows.new_zeros(2, int(number.max()) + 1).index_add_(1, number, rows))
 
 
 def variation(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

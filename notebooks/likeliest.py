@@ -11,9 +11,9 @@ import plotly.graph_objects as go
 import torch
 from scipy.special import rel_entr
 
+from bridging import bounds, last_states, logits
 from chassis_utils import LanguageModel, Records, token_bytes
 from chassis_utils.api import Said, placed
-from chassis_utils.metrics import ratio_bounds
 from chassis_utils.tokens import Pieces
 from plots import GREY, PALETTE, _buttons, _dropdowns, _finish, _numbers
 
@@ -40,12 +40,7 @@ def cut(passages: Sequence[str], each: int = 2, seed: int = 0) -> tuple[list[str
 
 def following(model: LanguageModel, prompts: Sequence[str]) -> torch.Tensor:
     """A model's next-token distributions `(n, vocab)` behind prompts, float64."""
-    rows = []
-    with torch.inference_mode():
-        for prompt in prompts:
-            ids = model.tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
-            rows.append(model.model(ids).logits[0, -1, : model.vocab_size].double().softmax(-1).cpu())
-    return torch.stack(rows)
+    return logits(model, last_states(model, prompts)).double().softmax(-1)
 
 
 def told(expert: LanguageModel, probabilities: torch.Tensor, k: int, pieces: Pieces | None = None) -> list[Said]:
@@ -97,15 +92,13 @@ def summary(frame: pd.DataFrame, passage: Sequence[int], way: str = "kl") -> pd.
         passage: number of the passage that each prompt is from `(n,)`; cuts of one passage are one sample.
         way: `kl`, or `kl_spread`.
     """
-    groups = torch.tensor(passage)
-    counts, sums = torch.bincount(groups).double(), {}
-    for k, rows in frame.groupby("k"):
-        sums[k] = torch.bincount(groups, torch.tensor(rows.sort_values("prompt")[way].to_numpy()))
+    groups, table = torch.tensor(passage), frame.pivot(index="prompt", columns="k", values=way)
+    nats = {k: torch.tensor(table[k].to_numpy()) for k in table}
     found = frame.groupby("k")[["kept", "coverage", "total_variation"]].mean().assign(n=len(passage))
-    for k, here in sums.items():
-        (low, high), (worst, best) = ratio_bounds(here, counts), ratio_bounds(here, sums[0])
-        shares = {"recovered": 1 - float(here.sum() / sums[0].sum()), "recovered_low": 1 - best}
-        shares |= {"recovered_high": 1 - worst, "kl": float(here.sum() / counts.sum()), "kl_low": low, "kl_high": high}
+    for k, here in nats.items():
+        (low, high), (worst, best) = bounds(groups, here), bounds(groups, here, nats[0])
+        shares = {"recovered": 1 - float(here.sum() / nats[0].sum()), "recovered_low": 1 - best}
+        shares |= {"recovered_high": 1 - worst, "kl": float(here.mean()), "kl_low": low, "kl_high": high}
         found.loc[k, [*shares]] = [*shares.values()]
     return found.reset_index()
 

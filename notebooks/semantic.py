@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from bridging import logits
+from bridging import bounds, logits
 from chassis_utils import Activations, Bridge, ChassisError, ForeignExpert, Gram, LanguageModel, ridge
-from chassis_utils.metrics import kl, ratio_bounds
+from chassis_utils.metrics import kl
 from chassis_utils.tokens import token_bytes
 
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -117,23 +117,14 @@ def judged(a: Activations, answers: Mapping[str, Answer]) -> pd.DataFrame:
         Columns as `evaluate` has them: `method, kl, kl_identity, recovered`, with 95% over prompts, `bits_per_byte`.
     """
     wanted, rows = target(a), []
-    _, prompt, sizes = a.prompt.unique(return_inverse=True, return_counts=True)
     lost = kl(wanted, logits(a.base, a.hidden[a.final]))
-    base = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, prompt, lost)
     for method, answer in answers.items():
-        said = answer(a)
-        each = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, prompt, kl(wanted, said))
-        row = {
-            "base": a.base.name,
-            "expert": a.expert.name,
-            "method": method,
-            "rank": None,
-            "layer": a.final,
-            "onto": "final",
-        }
-        row |= {"split": a.probes.split, "probes": a.probes.name, "n": len(a), "kl": float(each.sum()) / len(a)}
-        row |= {"kl_identity": float(base.sum()) / len(a), "recovered": 1 - float(each.sum() / base.sum())}
-        (low, high), (worst, best) = ratio_bounds(each, sizes), ratio_bounds(each, base)
+        nats = kl(wanted, said := answer(a))
+        row = {"base": a.base.name, "expert": a.expert.name, "method": method, "rank": None, "layer": a.final}
+        row |= {"onto": "final", "split": a.probes.split, "probes": a.probes.name, "n": len(a)}
+        row |= {"kl": float(nats.mean()), "kl_identity": float(lost.mean())}
+        row |= {"recovered": 1 - float(nats.sum() / lost.sum())}
+        (low, high), (worst, best) = bounds(a.prompt, nats), bounds(a.prompt, nats, lost)
         row |= {"kl_low": low, "kl_high": high, "recovered_low": 1 - best, "recovered_high": 1 - worst}
         row |= {"top1_agreement": float((said.argmax(-1) == wanted.argmax(-1)).double().mean())}
         row |= {"base_revision": a.base.revision, "expert_revision": a.expert.revision}
