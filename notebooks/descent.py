@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import kl_div
 
-from chassis_utils import Activations, Adapter, ChassisError, Gram, ridge
+from chassis_utils import Activations, Adapter, ChassisError, Gram, LanguageModel, ridge
 from chassis_utils.activations import batched, tokenize
 from chassis_utils.adapter import assembled, method
 from chassis_utils.models import Place
@@ -35,29 +35,42 @@ class _Lever:
         return self.zero
 
 
-def gradient(a: Activations, layer: int, after: Adapter | None = None, batch_tokens: int = 2048) -> torch.Tensor:
-    """Gradient of the summed KL(expert || adapted base) with respect to a layer's states, `(n, hidden)`.
+def backward(
+    a: Activations, port: LanguageModel, after: Adapter | None = None, batch_tokens: int = 2048
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+    """One forward and one backward pass of KL(expert || port); no weight is touched, edits find their slope behind it.
 
-    One forward and one backward pass; no weight is touched. `after` is an adapter that is in place at the end.
+    `after` is an adapter that is in place at the end.
+
+    Yields:
+        Batch by batch, when its backward pass is done: the rows of `a` in it `(m,)`, where it holds tokens
+        `(batch, length)`, and their KL summed, in nats.
 
     Raises:
         ChassisError: harvested at last positions only: a change earlier in the prompt would be missed.
     """
     if a.positions != "all":
         raise ChassisError("gradients are taken at every position: harvest with positions='all'")
-    lever, final = _Lever(a.base.layer_number(layer)), a.final
-    model, ids = a.base.edited(lever), tokenize(a.base, a.probes)[0]
+    ids, final = tokenize(a.base, a.probes)[0], a.final
     rows_of = torch.arange(len(a)).split([*map(len, ids)])
-    gradient = torch.zeros_like(a.layer(layer))
     for batch, tokens, mask in batched(ids, batch_tokens):
+        real, rows = mask.bool(), torch.cat([rows_of[i] for i in batch])
+        target = a.expert.readout(a.expert_hidden[rows].to(port.device))
         with torch.enable_grad():
-            real = mask.bool()
-            state = {final: model.states(tokens, mask, grad=True)[final][real]}
-            rows = torch.cat([rows_of[i] for i in batch])
-            target = a.expert.readout(a.expert_hidden[rows].to(model.device))
-            ours = model.readout(state[final]) if after is None else after.logits(model, state)
+            state = {final: port.states(tokens, mask, grad=True)[final][real]}
+            ours = port.readout(state[final]) if after is None else after.logits(port, state)
             kls = kl_div(ours.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True)
             kls.backward()
+        yield rows, real, float(kls.detach())
+
+
+def gradient(a: Activations, layer: int, after: Adapter | None = None, batch_tokens: int = 2048) -> torch.Tensor:
+    """Gradient of the summed KL(expert || adapted base) with respect to a layer's states, `(n, hidden)`.
+
+    It is that of one `backward` pass, with its arguments and its errors.
+    """
+    lever, gradient = _Lever(a.base.layer_number(layer)), torch.zeros_like(a.layer(layer))
+    for rows, real, _ in backward(a, a.base.edited(lever), after, batch_tokens):
         gradient[rows] = lever.zero.grad[real].cpu()
     return gradient
 

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch.nn.functional import kl_div
 
 from chassis_utils import Adapter, ChassisError, Features, LanguageModel, Probes, harvest
-from chassis_utils.activations import Expert, batched, tokenize
+from chassis_utils.activations import Expert
 from chassis_utils.models import Place
 from chassis_utils.solve import low_rank
+from descent import backward
 
 FLOOR = 1e-2  # of the mean slope, beneath which a direction of the output counts as that
 
@@ -101,17 +101,9 @@ def natural(
     port, seen = base.edited(*edits), 0
     for number, probes in enumerate(parts):
         a = harvest(base, expert, probes, "all", [-1], progress=False)
-        ids = tokenize(base, probes)[0]
-        rows_of, lost = torch.arange(len(a)).split([*map(len, ids)]), 0.0
-        sums: list[list[torch.Tensor]] = [[] for _ in edits]
-        for batch, tokens, mask in batched(ids, batch_tokens):
-            real, rows = mask.bool(), torch.cat([rows_of[i] for i in batch])
-            target = expert.readout(a.expert_hidden[rows].to(base.device)).log_softmax(-1)
-            with torch.enable_grad():
-                ours = port.readout(port.states(tokens, mask, grad=True)[final][real]).log_softmax(-1)
-                away = kl_div(ours, target, reduction="sum", log_target=True)
-                away.backward()
-            lost += float(away.detach())
+        lost, sums = 0.0, [[] for _ in edits]
+        for _, real, away in backward(a, port, batch_tokens=batch_tokens):
+            lost += away
             for edit, found in zip(edits, sums, strict=True):
                 x, slope = edit.seen[real], edit.lever.grad[real]
                 new = [(x.T @ x).double(), (x.T @ slope).double(), (slope.T @ slope).double()]
