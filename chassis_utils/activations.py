@@ -162,8 +162,9 @@ def _collect(
     # What makes a shard of the same name another one: not part of the name, so that it can be said.
     key |= {"weights": model.revision, "tokenizer": model.tokenizer_hash}
     key |= {"dtype": str(model.model.dtype), "torch": torch.__version__, "transformers": transformers.__version__}
-    parts, show = [], {"desc": f"{model.name} / {probes.name}", "unit": " prompts", "unit_scale": SHARD}
-    for first in tqdm(range(0, len(ids), SHARD), disable=not progress, leave=False, **show):
+    parts, name = [], f"{model.name} / {probes.name}"
+    bar = tqdm(total=len(ids), desc=name, unit=" prompts", disable=not progress, leave=False)
+    for first in range(0, len(ids), SHARD):
         path = folder and folder / f"{digest}-{first // SHARD:05d}.safetensors"
         part = _kept(path, key) if path and path.exists() else None
         if part is None:
@@ -172,6 +173,8 @@ def _collect(
                 with replacing(path) as temporary:
                     save_file(part, temporary, metadata={"key": json.dumps(key)})
         parts.append(part)
+        bar.update(len(ids[first : first + SHARD]))
+    bar.close()
     return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
 

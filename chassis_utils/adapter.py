@@ -247,15 +247,15 @@ def fit(
         raise ChassisError(f"no method '{method}': choose from {', '.join(sorted(METHODS))}")
     if sums and method not in ("ridge", "rrr", "v2"):
         raise ChassisError(f"method {method} needs every row: give what harvest returns")
-    function = METHODS[method]
+    foreign = isinstance(activations.expert, ForeignExpert)
+    function = METHODS["near" if foreign and method == "v2" else method]
     known = function.__code__.co_varnames[3 : function.__code__.co_argcount + function.__code__.co_kwonlyargcount]
     if unknown := ", ".join(sorted({*options} - {*known})):
         raise ChassisError(f"method {method} has no option {unknown}; it takes {', '.join(known) or 'none'}")
     base, expert = activations.base, activations.expert
-    if isinstance(expert, ForeignExpert):
-        if method not in ("v2", "near"):
-            raise ChassisError(f"no linear map leads to what {expert.name} says: take method v2")
-    elif expert.readout.softcap != base.readout.softcap:
+    if foreign and method not in ("v2", "near"):
+        raise ChassisError(f"no linear map leads to what {expert.name} says: take method v2")
+    if not foreign and expert.readout.softcap != base.readout.softcap:
         raise ChassisError(f"{base.name} and {expert.name} cap their logits differently: no linear map joins them")
     if not sums:
         activations.layer(layer)

@@ -12,7 +12,6 @@ from .activations import Activations
 from .adapter import Adapter, assembled, column_weights, heads, method
 from .errors import ChassisError
 from .features import Features
-from .foreign import ForeignExpert
 from .metrics import kl
 from .solve import Gram, kl_fit, low_rank, scaled_ridge
 from .statistics import FOLD, KEPT, Statistics, gather, same_shape
@@ -43,8 +42,6 @@ def _v2(
     """
     if metric not in ("data", "kl"):
         raise ChassisError(f"metric = '{metric}': choose data or kl")
-    if isinstance(a, Activations) and isinstance(a.expert, ForeignExpert):
-        return _near(a, layer, lam)
     base, final, lams = a.base, a.base.num_layers, LAMS if lam is None else (lam,)
     if layer != final:
         raise ChassisError(f"v2 reads out at the final layer, {final}, and edits those before: leave layer at -1")
@@ -76,7 +73,7 @@ def _v2(
 
 @method("near")
 def _near(a: Activations, layer: int, lam: float | None, passes: int = 15) -> Adapter:
-    """The change of the head's input of least KL that is not far from none; what `v2` is for a `ForeignExpert`.
+    """The change of the head's input of least KL that is not far from none; the `v2` of a `ForeignExpert`.
 
     It reads every place that was harvested. The targets need only be probabilities, so any expert will do. `lam` is the
     penalty of `kl_fit`, 16 unless given; of its steps the one is kept that is best on every eighth prompt, held out.

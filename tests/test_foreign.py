@@ -159,6 +159,8 @@ def test_what_cannot_be_is_refused(models: tuple[LanguageModel, LanguageModel]) 
     for method in ("ridge", "rrr", "v1"):
         with refused("v2", phi.name):
             fit(a, method)
+    with refused("v2", "blocks, metric", "passes"):
+        fit(a, blocks=False, metric="data")
     with refused("16", "above zero"):
         fit(a, lam=-16.0)
     with refused("prompts", "give more"):
