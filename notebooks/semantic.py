@@ -151,15 +151,16 @@ def ends(a: Activations) -> pd.DataFrame:
 def half_way(curve: pd.DataFrame) -> str:
     """Where a learning curve of `positions` and `closed` reaches one half, or where its last stretch would.
 
-    The last stretch is a line, by least squares, in the logarithm of the positions, over their last factor of four.
+    The last stretch is a line, by least squares, in the logarithm of the positions, over their last factor of four, or
+    through the last two points where no more lie there.
     """
     curve = curve.sort_values("positions")
     if (reached := curve[curve["closed"] >= 0.5]).size:
         return f"Half of the gap is closed after {reached['positions'].iloc[0]:,.0f} positions."
-    last = curve[curve["positions"] * 4 >= curve["positions"].max()]
+    last = curve.tail(max(2, int((curve["positions"] * 4 >= curve["positions"].max()).sum())))
     slope, level = np.polyfit(np.log(last["positions"]), last["closed"], 1)
     at = curve.iloc[-1]
     told = f"{at['closed']:.0%} of the gap is closed after {at['positions']:,.0f} positions"
-    if slope <= 0:
+    if slope * np.log(10) < 1e-3:  # of the gap, for ten times the text
         return f"{told}, and no more text closes more."
     return f"{told}; as the last stretch goes on, half would take {np.exp((0.5 - level) / slope):,.0f}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from conftest import refused
@@ -21,7 +22,7 @@ from chassis_utils import (
 )
 from chassis_utils.tokens import token_bytes
 from natural import chunks, natural
-from semantic import bytes_first, embeddings, hidden_to_hidden, judged, target
+from semantic import STRENGTHS, bytes_first, embeddings, ends, half_way, hidden_to_hidden, judged, target
 
 TEXT = probe_set("math-text", "train", 20)
 LENGTHS = [100] * len(TEXT)
@@ -111,6 +112,35 @@ def test_the_next_byte_is_the_experts_and_the_token_within_it_the_bases(
         assert torch.allclose(said[:, here].sum(1), theirs[:, there].sum(1), atol=2e-3)
         within = said[:, here] / said[:, here].sum(1, keepdim=True)
         assert torch.allclose(within, own[meet][:, here] / own[meet][:, here].sum(1, keepdim=True), atol=1e-3)
+
+
+def test_embeddings_of_the_same_head_are_products_with_it(base: LanguageModel) -> None:
+    """Every token is paired with the one that is written for its bytes, here itself, so the map changes nothing."""
+    own = ForeignExpert(Bridge(base, base, "A"))
+    a = harvest(base, own, replace(TEXT, prompts=TEXT.prompts[:2]), "all", [-1], progress=False)
+    head = base.readout.weight - base.readout.weight.mean(0)
+    products = base.readout(a.hidden[a.final]).softmax(-1) @ head @ head.T
+    said = embeddings(a, lam=1e-9)(a)
+    off = [float((said - strength * products).norm() / (strength * products).norm()) for strength in STRENGTHS]
+    assert min(off) < 0.1  # of the bytes that several tokens stand for, only one is written
+
+
+def test_ends_tell_places_of_either_kind_and_where_the_bridge_is_the_base(
+    base: LanguageModel, foreign: ForeignExpert
+) -> None:
+    a = harvest(base, foreign, TEXT, "all", [-1], progress=False)
+    table, there = ends(a).set_index("where"), a.next_token >= 0
+    meet = a.expert_hidden[:, -1] > 0
+    assert table["places"].tolist() == [int((meet & there).sum()), int((~meet & there).sum())]
+    inside, both = table.loc["inside a token"], table.loc["both have an end"]
+    assert inside["bridge"] == pytest.approx(inside["base"], abs=1e-5) and both["bridge"] < both["base"]
+
+
+def test_half_way_is_where_the_last_stretch_reaches_it() -> None:
+    grows = pd.DataFrame({"positions": [10, 100, 1000], "closed": [0.1, 0.2, 0.3]})
+    assert "100,000" in half_way(grows)  # a tenth more for ten times the text
+    assert "after 1,000" in half_way(grows.assign(closed=[0.1, 0.2, 0.6])) and "Half" in half_way(grows + 0.5)
+    assert "no more text" in half_way(pd.DataFrame({"positions": [500, 1000], "closed": [0.2, 0.2]}))
 
 
 def test_judged_agrees_with_evaluate(base: LanguageModel, foreign: ForeignExpert) -> None:
