@@ -17,10 +17,11 @@ import torch
 from torch.nn.functional import kl_div
 from tqdm.auto import tqdm
 
-from chassis_utils import ChassisError, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load, probe_set
+from chassis_utils import ChassisError, LanguageModel, Probes, evaluate, fit, harvest, load, probe_set
 from chassis_utils.activations import Expert, batched, tokenize
 from chassis_utils.records import replacing
 from chassis_utils.solve import Gram
+from plugs import SyntheticExpert
 
 RANKS = (4, 8, 16, 32, 64, 128)
 REPETITIONS = 3

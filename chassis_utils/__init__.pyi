@@ -7,10 +7,8 @@ from .bridge import Bridge as Bridge
 from .bridge import Bridged as Bridged
 from .errors import ChassisError as ChassisError
 from .experts import HiddenExpert as HiddenExpert
-from .experts import SyntheticExpert as SyntheticExpert
 from .features import Features as Features
 from .foreign import ForeignExpert as ForeignExpert
-from .metrics import choose_rank as choose_rank
 from .metrics import evaluate as evaluate
 from .metrics import interval as interval
 from .models import LanguageModel as LanguageModel

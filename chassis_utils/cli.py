@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -25,6 +28,16 @@ def _setting(text: str) -> tuple[str, Any]:
     return key.strip(), parsed
 
 
+def _beside_notebooks(name: str) -> ModuleType:
+    """A module of the clone around the working folder, or of the one this package lies in; ChassisError in neither."""
+    roots = (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1])
+    folders = (root / "notebooks" for root in roots)
+    if not (folder := next((one for one in folders if (one / f"{name}.py").is_file()), None)):
+        raise ChassisError(f"no notebooks here or above {Path.cwd()}: run from inside a clone of the project")
+    sys.path.insert(0, str(folder))
+    return import_module(name)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 if all went well, 1: bad input or a failed notebook, 2: wrong usage, 130: interrupted."""
     parser = argparse.ArgumentParser(prog="chassis", description=__doc__)
@@ -39,12 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     book.add_argument("--profile", default="pocket", help="whose results (default: pocket)")
     options = parser.parse_args(argv)
     try:
-        from .batch import build_book, run  # loading takes a second, which a wrong option need not wait for
-
+        batch = _beside_notebooks("batch")  # takes a second, which a wrong option need not wait for
         if options.command == "run":
-            run(options.notebooks, options.profile, dict(options.settings), options.out)
+            batch.run(options.notebooks, options.profile, dict(options.settings), options.out)
         else:
-            print(f"the book: {build_book(options.profile).as_uri()}")
+            print(f"the book: {batch.build_book(options.profile).as_uri()}")
     except ChassisError as error:
         print(f"chassis: {error}", file=sys.stderr)
         return 1

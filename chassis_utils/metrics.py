@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -82,7 +80,7 @@ def evaluate(
     for place, given in enumerate(sets):
         if isinstance(given, Probes):
             where = positions or ("all" if given.split == "text" else "last")
-            given = harvest(base, expert, given, where, _places(groups[()]), progress=False)
+            given = harvest(base, expert, given, where, places_read(groups[()]), progress=False)
         if given.base is not base or given.expert is not expert:
             raise ChassisError(f"these activations are of {given.base.name} and {given.expert.name}: harvest this pair")
         plain = bare[place] if place < len(bare) else given
@@ -92,7 +90,7 @@ def evaluate(
             raise ChassisError(f"bare[{place}] is not the bare base on '{given.probes.name}': give the same order")
         found: dict[int, dict] = {}
         for edits, several in groups.items():
-            here, wanted = given, _places(several)
+            here, wanted = given, places_read(several)
             if edits or any(isinstance(place, str) and place not in given.hidden for place in wanted):
                 port = base.edited(*several[0].edits) if edits else base
                 here = harvest(port, expert, given.probes, given.positions, wanted, progress=False)
@@ -102,80 +100,9 @@ def evaluate(
     return pd.DataFrame(rows)
 
 
-def _places(adapters: list[Adapter]) -> list[Place]:
+def places_read(adapters: list[Adapter]) -> list[Place]:
     """Everywhere that these adapters read; the final layer is always there."""
     return [*dict.fromkeys(place for one in adapters for place in (one.layer, *one.reads))]
-
-
-def choose_rank(
-    adapter: Adapter, held_out: Activations, *,
-    kl: float | None = None, parameters: int | None = None, latency: float | None = None,
-) -> int:  # fmt: skip
-    """The rank that a budget buys, to be cut to by `Adapter.at_rank`; give exactly one of three.
-
-    `kl`, nats a token on `held_out` (rows that nothing was fitted on): the smallest rank that reaches it. `parameters`
-    stored, edits included: the largest rank that needs no more. `latency`, as a share of the base's own time on one
-    full context, edits included, timed here: the largest rank that adds no more. ChassisError for none or several
-    budgets, or one that no rank meets; it says what the nearest tried needs.
-    """
-    budgets = {"kl": kl, "parameters": parameters, "latency": latency}
-    given = {name: value for name, value in budgets.items() if value is not None}
-    if len(given) != 1:
-        raise ChassisError(f"{len(given)} budgets: give one of {', '.join(budgets)}")
-    ((name, budget),), port, places = given.items(), held_out.base.edited(*adapter.edits), _places([adapter])
-    if name == "kl":
-        here = harvest(port, held_out.expert, held_out.probes, held_out.positions, places, progress=False)
-        rank, costs = _reaching(adapter, here, budget)
-    else:
-        stored = {rank: adapter.at_rank(rank).num_parameters for rank in range(1, adapter.rank + 1)}
-        costs = stored if name == "parameters" else _latencies(adapter, held_out.base, port)
-        rank = max((one for one in costs if costs[one] <= budget), default=0)
-    if not rank:
-        nearest = min(costs, key=costs.__getitem__)
-        raise ChassisError(f"no rank meets {name} = {budget:g}: rank {nearest} needs {costs[nearest]:.4g}")
-    return rank
-
-
-def _reaching(adapter: Adapter, a: Activations, budget: float) -> tuple[int, dict[int, float]]:
-    """The smallest rank whose KL is within the budget, 0 if there is none, and the KL of every rank tried.
-
-    The KL need not fall with the rank, but (unless logits are capped) it is convex in a factor for each singular
-    direction: the tangent at one rank bounds it from below at all others, and most are never tried.
-    """
-    bound, tried, rank = torch.full((adapter.rank,), -math.inf, dtype=torch.float64), {}, adapter.rank
-    while tried.get(rank, math.inf) > budget:
-        factors, tried[rank] = (torch.arange(adapter.rank) < rank).to(adapter.down).requires_grad_(), 0.0
-        for _, hidden, theirs in _blocks(a):
-            ours = replace(adapter, down=adapter.down * factors).logits(a.base, hidden)
-            loss = kl(theirs, ours).sum() / len(a)
-            loss.backward()
-            tried[rank] += float(loss.detach())
-        if a.base.readout.softcap is None:
-            slope = factors.grad.double().cpu().cumsum(0)
-            bound = torch.maximum(bound, tried[rank] + slope - slope[rank - 1])
-        bound[rank - 1] = tried[rank] if tried[rank] <= budget else math.inf
-        if not len(left := (bound <= budget + 1e-6).nonzero()):
-            return 0, tried
-        rank = int(left[0]) + 1
-    return rank, tried
-
-
-def _latencies(adapter: Adapter, base: LanguageModel, port: LanguageModel) -> dict[int, float]:
-    """What each rank adds to the base's own time, as a share of it, on the line through the first and the last rank.
-
-    The work grows in a line, a single timing is noise: of ten, in turn, the fastest of each counts.
-    """
-    ids = torch.zeros(1, min(base.context, 512), dtype=torch.long)
-    fastest = [math.inf] * 3
-    for _ in range(10):
-        for i, cut in enumerate((Adapter.identity(base), adapter.at_rank(1), adapter)):
-            start = time.perf_counter()
-            hidden = (port if i else base).states(ids, torch.ones_like(ids), [*{*_places([cut]), base.num_layers}])
-            cut.logits(base, {place: state[0] for place, state in hidden.items()})
-            fastest[i] = min(fastest[i], time.perf_counter() - start)
-    bare, low, high = fastest
-    slope = max(0.0, high - low) / max(1, adapter.rank - 1)
-    return {rank: (low + slope * (rank - 1)) / bare - 1 for rank in range(1, adapter.rank + 1)}
 
 
 def _several(given: Any, kind: Any, name: str, wanted: str) -> list[Any]:
@@ -186,7 +113,7 @@ def _several(given: Any, kind: Any, name: str, wanted: str) -> list[Any]:
     return several
 
 
-def _blocks(a: Activations) -> Iterator[tuple[slice, dict[Place, torch.Tensor], torch.Tensor]]:
+def blocks(a: Activations) -> Iterator[tuple[slice, dict[Place, torch.Tensor], torch.Tensor]]:
     """Some rows at a time, the base's states there `(m, size)`, and the expert's logits `(m, vocab)`."""
     step = max(1, BLOCK // a.base.vocab_size)
     for rows in (slice(start, start + step) for start in range(0, len(a), step)):
@@ -196,7 +123,7 @@ def _blocks(a: Activations) -> Iterator[tuple[slice, dict[Place, torch.Tensor], 
 
 def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow_overlap: bool) -> list[dict]:
     base, expert = a.base, a.expert
-    for place in _places(adapters):
+    for place in places_read(adapters):
         a.layer(place)
     for adapter in adapters:
         seen = adapter.fitted_on & a.probes.fingerprints
@@ -206,7 +133,7 @@ def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow
     everyone = [Adapter.identity(base), *(x.to(base.device) for x in adapters)]
     _, prompt, sizes = a.prompt.unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(everyone), 3, len(sizes), dtype=torch.float64)  # KL, agreement, nats of the text, by prompt
-    for rows, hidden, theirs in _blocks(a):
+    for rows, hidden, theirs in blocks(a):
         target, following = theirs.double().log_softmax(-1), a.next_token[rows].to(base.device)
         weight, first = target.exp(), target.argmax(-1)
         plain = base.readout.linear(hidden[base.num_layers])  # what all ranks add to

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from chassis_utils import Activations, LanguageModel, SyntheticExpert, harvest, probe_set
+from chassis_utils import Activations, LanguageModel, harvest, probe_set
+from plugs import SyntheticExpert
 
 
 def harvest_splits(

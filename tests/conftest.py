@@ -12,8 +12,9 @@ import pytest
 import torch
 import transformers as tf
 
-from chassis_utils import Activations, ChassisError, LanguageModel, Probes, SyntheticExpert, harvest, load
+from chassis_utils import Activations, ChassisError, LanguageModel, Probes, harvest, load
 from chassis_utils.records import _NAMES, _missing
+from plugs import SyntheticExpert
 from pocket_recipe import llama_tokenizer
 
 VOCAB = 400

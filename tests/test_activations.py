@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from chassis_utils import Activations, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load
+from chassis_utils import Activations, LanguageModel, Probes, evaluate, fit, harvest, load
+from plugs import SyntheticExpert
 from pocket_recipe import gpt2_tokenizer, llama_tokenizer
 
 FIGURES = ["kl", "kl_identity", "recovered", "top1_agreement", "bits_per_byte"]

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import alignment  # noqa: F401  registers hidden, aligned and projected
-from chassis_utils import Activations, Adapter, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load
+from chassis_utils import Activations, Adapter, LanguageModel, Probes, evaluate, fit, harvest, load
 from chassis_utils.adapter import METHODS
-from plugs import exact_adapter
+from plugs import SyntheticExpert, exact_adapter
 
 R = 4
 # `descent` and `v2` have tests of their own.

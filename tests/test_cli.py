@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from test_batch import PARAMETERS, project, write
 
+from chassis_utils import cli
 from chassis_utils.cli import main
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -101,6 +102,15 @@ def test_bad_input_is_one_line_and_exit_code_1(
     assert told.out == "" and told.err.startswith("chassis: ") and told.err.count("\n") == 1
     assert message in told.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notebooks"]
+
+
+def test_outside_a_clone_it_says_where_to_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "chassis_utils" / "cli.py"))
+    assert main(["run"]) == 1
+    assert capsys.readouterr().err.endswith("run from inside a clone of the project\n")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,14 +8,13 @@ import torch
 from conftest import ARCHITECTURES, make, refused
 from transformers import GenerationConfig
 
+from budgets import choose_rank
 from chassis_utils import (
     Activations,
     Adapter,
     Features,
     LanguageModel,
     Probes,
-    SyntheticExpert,
-    choose_rank,
     evaluate,
     fit,
     gather,
@@ -26,6 +25,7 @@ from chassis_utils import (
 )
 from chassis_utils.probes import _cut
 from chassis_utils.solve import Gram, low_rank, scaled_ridge
+from plugs import SyntheticExpert
 
 ENDS = {"eos_token_id": 2, "pad_token_id": 2}
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, make, refused
 
-from chassis_utils import Activations, Adapter, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load
+from chassis_utils import Activations, Adapter, LanguageModel, Probes, evaluate, fit, harvest, load
 from chassis_utils import activations as module
 from chassis_utils.metrics import kl
 from descent import gradient
+from plugs import SyntheticExpert
 
 
 @dataclass(frozen=True)

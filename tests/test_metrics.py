@@ -12,21 +12,20 @@ from conftest import WORDS, make, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import budgets
+from budgets import choose_rank, reaching
 from chassis_utils import (
     Activations,
     Adapter,
     LanguageModel,
     Probes,
-    SyntheticExpert,
-    choose_rank,
     evaluate,
     fit,
     harvest,
     load,
-    metrics,
 )
 from chassis_utils.metrics import interval, kl, ratio_bounds
-from plugs import exact_adapter
+from plugs import SyntheticExpert, exact_adapter
 from pocket_recipe import gpt2_tokenizer
 
 TEXTS = ("The river rises in the hills, naïve and cold.", "24 - 9 = 15 rolls are left — 東京.")
@@ -275,7 +274,7 @@ def test_few_ranks_are_tried_for_a_kl(activations: Activations, unseen: Probes) 
     held = harvest(activations.base, activations.expert, unseen, progress=False)
     adapter = fit(activations, "rrr", lam=1.0)
     half = float(evaluate(activations.base, activations.expert, adapter.at_rank(adapter.rank // 2), held)["kl"].iloc[1])
-    rank, tried = metrics._reaching(adapter, held, half)
+    rank, tried = reaching(adapter, held, half)
     assert rank <= adapter.rank // 2 and len(tried) <= adapter.rank // 3
 
 
@@ -300,7 +299,7 @@ def test_a_noisy_clock_changes_no_more_than_its_noise(
         return real(self, *given)
 
     monkeypatch.setattr(Adapter, "logits", logits)
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(budgets.time, "perf_counter", lambda: now[0])
     for rank in (1, 5, 11, 12):
         assert abs(choose_rank(adapter, activations, latency=0.01 * rank + 0.005) - rank) <= 1
     assert choose_rank(adapter, activations, latency=0.5) == adapter.rank

@@ -12,8 +12,8 @@ import pytest
 from conftest import same, walk
 from test_book_pages import ROOT, browser, needs_browser
 
+from batch import Profile, build_book, load_profile, run
 from chassis_utils import ChassisError, read_records
-from chassis_utils.batch import Profile, build_book, load_profile, run
 from tables import results_table
 from verdicts import RULES
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import refused
 
-from chassis_utils import Activations, Adapter, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest
+from chassis_utils import Activations, Adapter, LanguageModel, Probes, evaluate, fit, harvest
 from chassis_utils.metrics import kl
+from plugs import SyntheticExpert
 from refinement import REFINERS, refine
 
 

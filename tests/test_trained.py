@@ -15,8 +15,9 @@ import torch
 from conftest import make, refused
 
 import alignment  # noqa: F401  registers hidden, aligned and projected
-from chassis_utils import Activations, LanguageModel, Probes, SyntheticExpert, evaluate, fit, harvest, load, probe_set
+from chassis_utils import Activations, LanguageModel, Probes, evaluate, fit, harvest, load, probe_set
 from chassis_utils.models import tensor_hash
+from plugs import SyntheticExpert
 from recast import recast
 from trained import (
     Contest,

@@ -18,8 +18,9 @@ from typing import Any
 import papermill
 import yaml
 
-from .errors import ChassisError
-from .records import forget, locked, made
+import chassis_utils
+from chassis_utils import ChassisError
+from chassis_utils.records import forget, locked, made
 
 PARAMETERS = ("base", "expert", "n_train", "ranks", "layers", "seed", "device", "out_dir")
 _PROFILES = Path("notebooks", "profiles.yml")
@@ -43,14 +44,11 @@ class Profile:
 def load_profile(name: str, path: str | Path | None = None) -> Profile:
     """Read a block of `<project>/notebooks/profiles.yml`, unless given of the project around the working folder.
 
-    Where that is no project, it is the one that this package lies in. ChassisError: no such profile (the message lists
-    them), no profiles file, or one of another layout.
+    Where that is no project, it is the one that this module lies in. ChassisError: no such profile (the message lists
+    them), or a file that cannot be read or has another layout.
     """
     roots = (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1])
-    path = path or next((root / _PROFILES for root in roots if (root / _PROFILES).is_file()), None)
-    if path is None:
-        raise ChassisError(f"no {_PROFILES} here or above {Path.cwd()}: run from inside a clone of the project")
-    path = Path(path).resolve()
+    path = Path(path or next((x for x in (root / _PROFILES for root in roots) if x.is_file()), _PROFILES)).resolve()
     try:
         blocks = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -153,7 +151,8 @@ def _execute(source: Path, out: Path, values: dict[str, Any], lock: int) -> str 
         inside = out.is_relative_to(source.parents[1])
         values = values | {"out_dir": os.path.relpath(out, source.parent) if inside else str(out)}
     # The notebooks import the package that runs them, installed or not.
-    path = os.pathsep.join(filter(None, (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH"))))
+    package = str(Path(chassis_utils.__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     # The child keeps the lock open, so that a run whose parent was killed still counts as one.
     options = {"env": os.environ | {"CHASSIS_HEADLESS": "1", "PYTHONPATH": path}, "pass_fds": (lock,), "text": True}
     task = json.dumps([str(source), str(partial), values])

@@ -1,6 +1,6 @@
 """Execute one notebook by papermill, as a script in a process of its own, whose folder papermill changes.
 
-No other module of the package is imported: what the notebook needs is loaded by its kernel, and takes seconds.
+The package is not imported: what the notebook needs is loaded by its kernel, and takes seconds.
 """
 
 from __future__ import annotations
