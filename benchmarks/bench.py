@@ -17,11 +17,13 @@ import torch
 from torch.nn.functional import kl_div
 from tqdm.auto import tqdm
 
-from chassis_utils import ChassisError, LanguageModel, Probes, evaluate, fit, harvest, load, probe_set
-from chassis_utils.activations import Expert, batched, tokenize
-from chassis_utils.records import replacing
-from chassis_utils.solve import Gram
-from plugs import SyntheticExpert
+sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
+
+from chassis_utils import ChassisError, LanguageModel, Probes, evaluate, fit, harvest, load, probe_set  # noqa: E402
+from chassis_utils.activations import Expert, batched, tokenize  # noqa: E402
+from chassis_utils.records import replacing  # noqa: E402
+from chassis_utils.solve import Gram  # noqa: E402
+from plugs import SyntheticExpert  # noqa: E402
 
 RANKS = (4, 8, 16, 32, 64, 128)
 REPETITIONS = 3

@@ -25,9 +25,9 @@ from chassis_utils import (
     harvest,
     load,
     probe_set,
-    written,
 )
 from chassis_utils.activations import tokenize
+from ownwords import written
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "scale.json"
 BARE = ("bare passes", "bare passes without heads")

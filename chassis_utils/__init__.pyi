@@ -14,10 +14,10 @@ from .metrics import interval as interval
 from .models import LanguageModel as LanguageModel
 from .models import bundled as bundled
 from .models import load as load
+from .port import Port as Port
 from .probes import Probes as Probes
 from .probes import passages as passages
 from .probes import probe_set as probe_set
-from .probes import written as written
 from .records import Records as Records
 from .records import read_records as read_records
 from .solve import Gram as Gram

@@ -270,7 +270,7 @@ def batched(
     """Prompt numbers, padded ids and mask `(batch, length)`, of all or `some` prompts, less their first `cut` ids."""
     some = range(len(ids)) if some is None else some
     for batch in _batches({i: len(ids[i]) - cut for i in some}, batch_tokens):
-        yield batch, *_padded([ids[i][cut:] for i in batch], side)
+        yield batch, *padded([ids[i][cut:] for i in batch], side)
 
 
 def _batches(lengths: dict[int, int], batch_tokens: int) -> list[list[int]]:
@@ -283,7 +283,7 @@ def _batches(lengths: dict[int, int], batch_tokens: int) -> list[list[int]]:
     return batches
 
 
-def _padded(ids: list[list[int]], side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
+def padded(ids: Sequence[list[int]], side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask, `(batch, length)` each."""
     rows = [torch.tensor(own) for own in ids]
     return pad_sequence(rows, True, 0, side), pad_sequence([*map(torch.ones_like, rows)], True, 0, side)

@@ -139,7 +139,7 @@ class LanguageModel:
         raise ChassisError(f"{missing}: nothing can be changed on its way; tell us, with print(model.model)")
 
     @contextmanager
-    def _on_the_way(self, wanted: Sequence[Place], depth: int) -> Iterator[dict[Place, torch.Tensor]]:
+    def on_the_way(self, wanted: Sequence[Place], depth: int) -> Iterator[dict[Place, torch.Tensor]]:
         """The pass with its edits, up to block `depth`; gives the dictionary that places are noted in on its way.
 
         Every edit below the final layer is hooked to the block that reads its layer, after what it reads is known.
@@ -246,7 +246,7 @@ class LanguageModel:
         if self._takes_positions:
             options["position_ids"] = (whole.cumsum(1) - 1).clamp(min=0)[:, len(prefix) :]
         hooked = self.edits or depth < self.num_layers or any(isinstance(place, str) for place in layers)
-        notes = self._on_the_way(layers, depth) if hooked else nullcontext({})
+        notes = self.on_the_way(layers, depth) if hooked else nullcontext({})
         plain = not hooked and {*layers} != {self.num_layers}
         with torch.inference_mode(not grad), notes as seen:
             if prefix:
@@ -296,12 +296,16 @@ def _readout(model: PreTrainedModel, tokens: int) -> Readout:
     head = model.get_output_embeddings()
     if not isinstance(getattr(head, "weight", None), torch.Tensor):
         raise ChassisError(f"{type(model).__name__} has no linear head to read logits with")
-    config = model.config.get_text_config()
-    # Cohere multiplies its logits, Granite divides them.
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    config, scale = model.config.get_text_config(), logit_scale(model)
     parts = (head.weight, getattr(head, "bias", None))
     weight, bias = (None if part is None else part[:tokens].detach().float() * scale for part in parts)
     return Readout(weight, bias, getattr(config, "final_logit_softcapping", None))
+
+
+def logit_scale(model: PreTrainedModel) -> float:
+    """What the model multiplies its head's output with: Cohere multiplies its logits, Granite divides them."""
+    config = model.config.get_text_config()
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
 
 
 def tensor_hash(*tensors: torch.Tensor | None) -> str:

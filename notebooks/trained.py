@@ -30,7 +30,7 @@ from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
 
 from chassis_utils import Activations, Adapter, ChassisError, LanguageModel, Probes, evaluate
-from chassis_utils.activations import _batches, _padded, batched, tokenize
+from chassis_utils.activations import _batches, batched, padded, tokenize
 from chassis_utils.models import _NORM_NAMES, Place, Readout
 from chassis_utils.solve import Gram, low_rank
 from pocket_recipe import Muon
@@ -326,7 +326,7 @@ def lora(
     weights = [p for p in adapted.parameters() if p.requires_grad]
 
     def backward(batch: Batch) -> None:
-        tokens, mask = (t.to(base.device) for t in _padded([text.ids[i] for i in batch]))
+        tokens, mask = (t.to(base.device) for t in padded([text.ids[i] for i in batch]))
         # No token looks ahead, so padding on the right needs no mask; without one, attention is faster.
         out = adapted(input_ids=tokens, use_cache=False).logits
         ours = out[mask.bool()][:, : base.vocab_size].float()

@@ -21,10 +21,10 @@ from chassis_utils import (
     harvest,
     load,
     probe_set,
-    written,
 )
 from chassis_utils.probes import _cut
 from chassis_utils.solve import Gram, low_rank, scaled_ridge
+from ownwords import written
 from plugs import SyntheticExpert
 
 ENDS = {"eos_token_id": 2, "pad_token_id": 2}

@@ -1,0 +1,315 @@
+"""The port on real small models: what is plugged in acts in transformers' own generate, and the base stays as it is."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from conftest import make, refused
+
+from chassis_utils import Adapter, Bridge, LanguageModel, Port, Probes, fit, harvest, load, probe_set
+from chassis_utils.models import tensor_hash
+
+PROMPTS = ["Tom has 12 apples and buys", "The", "What is love? It is a thing of"]
+
+
+@pytest.fixture(scope="module")
+def pocket() -> dict[str, LanguageModel]:
+    return {name: load(f"pocket-{name}", device="cpu") for name in ("base", "math", "shakespeare", "phi")}
+
+
+@pytest.fixture(scope="module")
+def adapters(pocket: dict[str, LanguageModel]) -> dict[str, Adapter]:
+    """Of every kind that can be plugged in: edits on the way, the final state alone, columns, the head's input."""
+    base = pocket["base"]
+    sets = {"math": "math-text", "shakespeare": "verse"}
+    a = {k: harvest(base, pocket[k], probe_set(v, n=12), "all", progress=False) for k, v in sets.items()}
+    some = {"math": fit(a["math"]), "verse": fit(a["shakespeare"]), "rrr": fit(a["math"], "rrr", rank=16)}
+    return some | {"v1": fit(a["math"], "v1"), "near": fit(a["math"], "near", passes=2)}
+
+
+@pytest.fixture
+def port(pocket: dict[str, LanguageModel], adapters: dict[str, Adapter]) -> Port:
+    port = Port(pocket["base"])
+    for name, adapter in adapters.items():
+        port.plug(name, adapter)
+    return port
+
+
+def said(base: LanguageModel, adapter: Adapter | None, prompt: str) -> torch.Tensor:
+    """Logits behind every token of a prompt `(tokens, vocab)`, by the way that evaluate goes."""
+    adapter = adapter or Adapter.identity(base)
+    ids = torch.tensor([base.tokenizer(prompt)["input_ids"]])
+    places = [*{base.num_layers, *adapter.reads}]
+    hidden = base.edited(*adapter.edits).states(ids, torch.ones_like(ids), places)
+    return adapter.logits(base, {place: state[0] for place, state in hidden.items()})
+
+
+def greedy(base: LanguageModel, adapter: Adapter | None, prompt: str, n: int) -> str:
+    """The text that n greedy tokens make, each from a pass over everything before it: no cache, no batch, no hooks."""
+    text, ids = prompt, base.tokenizer(prompt)["input_ids"]
+    before = base.tokenizer.decode(ids, skip_special_tokens=True)
+    adapter = adapter or Adapter.identity(base)
+    for _ in range(n):
+        row = torch.tensor([ids])
+        places = [*{base.num_layers, *adapter.reads}]
+        hidden = base.edited(*adapter.edits).states(row, torch.ones_like(row), places)
+        last = adapter.logits(base, {place: state[0, -1:] for place, state in hidden.items()})
+        if (token := int(last.argmax())) == base.tokenizer.eos_token_id:
+            break
+        ids = [*ids, token]
+    text = base.tokenizer.decode(ids, skip_special_tokens=True)
+    return text[len(before) :]
+
+
+@pytest.mark.parametrize("name", [None, "math", "verse", "rrr", "v1", "near"])
+def test_a_pass_through_the_port_is_what_evaluate_judges(
+    port: Port, adapters: dict[str, Adapter], name: str | None
+) -> None:
+    port.use(name)
+    for prompt in PROMPTS:
+        ids = torch.tensor([port.base.tokenizer(prompt)["input_ids"]])
+        with torch.inference_mode():
+            ours = port.model(input_ids=ids).logits[0]
+        torch.testing.assert_close(ours, said(port.base, adapters.get(name), prompt), atol=1e-4, rtol=1e-4)
+    probabilities = port.probabilities(PROMPTS)
+    for row, prompt in zip(probabilities, PROMPTS, strict=True):
+        wanted = said(port.base, adapters.get(name), prompt)[-1].softmax(-1)
+        torch.testing.assert_close(row, wanted, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", [None, "math", "rrr"])
+def test_generation_is_that_of_a_loop_without_cache(
+    port: Port, adapters: dict[str, Adapter], name: str | None
+) -> None:
+    port.use(name)
+    wanted = [greedy(port.base, adapters.get(name), prompt, 16) for prompt in PROMPTS]
+    assert port.generate(PROMPTS, max_new_tokens=16) == wanted
+    assert [port.generate(prompt, max_new_tokens=16) for prompt in PROMPTS] == wanted
+    assert ["".join(port.generate(prompt, max_new_tokens=16, stream=True)) for prompt in PROMPTS] == wanted
+    own = tf.pipeline("text-generation", model=port.model, tokenizer=port.base.tokenizer)
+    told = own(PROMPTS[0], max_new_tokens=16, do_sample=False, return_full_text=False)[0]["generated_text"]
+    assert told.strip() == wanted[0].strip()
+
+
+def hooks(model: LanguageModel) -> list[int]:
+    return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.model.modules()]
+
+
+def test_the_base_is_never_changed(port: Port) -> None:
+    base = port.base
+    weights = {name: tensor_hash(one) for name, one in base.model.state_dict().items()}
+    bare, before = said(base, None, PROMPTS[0]), hooks(base)
+    for choice in ("math", {"math": 0.5, "verse": 2.0}, "v1", None, "near"):
+        port.use(choice)
+        port.generate(PROMPTS[0], max_new_tokens=4)
+        assert torch.equal(said(base, None, PROMPTS[0]), bare)
+    port.unplug("near")
+    assert port.in_use == {}
+    assert {name: tensor_hash(one) for name, one in base.model.state_dict().items()} == weights
+    assert hooks(base) == before
+    pointers = zip(base.model.parameters(), port.model.parameters(), strict=True)
+    assert all(own.data_ptr() == other.data_ptr() for own, other in pointers)
+
+
+def test_what_is_in_use_adds_up(port: Port, adapters: dict[str, Adapter]) -> None:
+    base, prompt = port.base, PROMPTS[2]
+    bare = said(base, None, prompt)
+    both = bare + 0.5 * (said(base, adapters["rrr"], prompt) - bare) + 2 * (said(base, adapters["v1"], prompt) - bare)
+    ids = torch.tensor([base.tokenizer(prompt)["input_ids"]])
+    for choice in ({"rrr": 0.5, "v1": 2.0}, {"v1": 2.0, "rrr": 0.5}):
+        port.use(choice)
+        with torch.inference_mode():
+            torch.testing.assert_close(port.model(input_ids=ids).logits[0], both, atol=2e-4, rtol=1e-4)
+    port.strength("rrr", 0.25)
+    port.use({"rrr": 2.0, "v1": 2.0})
+    with torch.inference_mode():
+        torch.testing.assert_close(port.model(input_ids=ids).logits[0], both, atol=2e-4, rtol=1e-4)
+
+
+def test_weights_lead_from_the_base_to_the_expert(port: Port) -> None:
+    told = []
+    for weight in (0.0, 0.5, 1.0):
+        port.use({"math": weight} if weight else None)
+        told.append(port.probabilities(PROMPTS[:1])[0])
+    apart = [float((one - told[-1]).abs().sum()) for one in told]
+    assert apart[0] > apart[1] > apart[2] == 0
+
+
+def test_a_live_expert_alone_says_what_it_says(pocket: dict[str, LanguageModel]) -> None:
+    port = Port(pocket["base"])
+    port.plug("live", pocket["math"])
+    port.use("live")
+    wanted = [greedy(pocket["math"], None, prompt, 8) for prompt in PROMPTS]
+    assert port.generate(PROMPTS, max_new_tokens=8) == wanted
+    for row, prompt in zip(port.probabilities(PROMPTS), PROMPTS, strict=True):
+        torch.testing.assert_close(row, said(pocket["math"], None, prompt)[-1].softmax(-1), atol=1e-5, rtol=1e-3)
+
+
+def test_an_expert_of_another_tokenizer_speaks_through_its_bridge(pocket: dict[str, LanguageModel]) -> None:
+    port, bridge, prompt = Port(pocket["base"]), Bridge(pocket["phi"], pocket["base"], "C"), "Tom has 12 apples and"
+    port.plug("phi", bridge)
+    bare = port.probabilities([prompt])[0]
+    port.use("phi")
+    told, found = port.probabilities([prompt])[0], bridge(None, [prompt])
+    torch.testing.assert_close(told, (found.probabilities[0] + found.unplaced[0] * bare).float(), atol=1e-5, rtol=1e-3)
+    assert port.generate(prompt, max_new_tokens=3)
+    with refused("differ in tokenizer", "Bridge"):
+        port.plug("bare phi", pocket["phi"])
+
+
+def test_a_text_ends_before_a_stop_string(port: Port) -> None:
+    port.use("math")
+    whole = port.generate(PROMPTS[0], max_new_tokens=40)
+    for stop in (whole[10:12], whole[17:23], whole[-1]):
+        cut = whole[: whole.index(stop)]
+        assert port.generate(PROMPTS[0], max_new_tokens=40, stop=stop) == cut
+        assert "".join(port.generate(PROMPTS[0], max_new_tokens=40, stop=[stop, "§"], stream=True)) == cut
+
+
+def test_characters_of_several_tokens_stream_whole_and_stop(pocket: dict[str, LanguageModel]) -> None:
+    """The tokenizer spells an emoji in bytes; a bias makes the base write it over and over."""
+    base = pocket["base"]
+    ids = base.tokenizer("🎈", add_special_tokens=False)["input_ids"][-4:]
+    states = torch.eye(base.hidden_size)
+    port = Port(base)
+    prompt = "The sea " + "🎈🎈"
+
+    class Spell(tf.LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            last = input_ids[0, -1].item()
+            following = ids[(ids.index(last) + 1) % 4] if last in ids else ids[0]
+            return torch.full_like(scores, -100.0).index_fill_(1, torch.tensor([following]), 0.0)
+
+    assert states.shape[0] == base.hidden_size and len({*ids}) == 4
+    pieces = list(port.generate(prompt, max_new_tokens=9, stream=True, logits_processor=[Spell()]))
+    assert "�" not in "".join(pieces[:2]) and "".join(pieces).startswith("🎈🎈")
+    assert port.generate(prompt, max_new_tokens=12, stop="🎈", logits_processor=[Spell()]) == ""
+
+
+def test_a_seed_draws_the_same_text_and_leaves_the_generator_alone(port: Port) -> None:
+    before = torch.get_rng_state()
+    one, again, other = (port.generate("The", seed=seed, temperature=1.0, max_new_tokens=24) for seed in (1, 1, 2))
+    assert one == again != other
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_nothing_changes_under_a_generation_and_a_reader_may_leave(port: Port) -> None:
+    port.use("math")
+    stream = port.generate(PROMPTS[0], max_new_tokens=400, stream=True, min_new_tokens=400)
+    next(stream)
+    for change in (lambda: port.use(None), lambda: port.unplug("math"), lambda: port.strength("math", 2.0)):
+        with refused("text is being generated"):
+            change()
+    before = threading.active_count()
+    start = time.monotonic()
+    stream.close()
+    assert threading.active_count() == before - 1 and time.monotonic() - start < 2
+    port.unplug("math")
+    assert "math" not in port.plugs
+
+
+def test_many_plugs_share_what_they_are_given(pocket: dict[str, LanguageModel], adapters: dict[str, Adapter]) -> None:
+    port = Port(pocket["base"])
+    for i in range(100):
+        port.plug(f"plug {i}", adapters["rrr"])
+    assert {plug.down.data_ptr() for plug in port.plugs.values()} == {adapters["rrr"].down.data_ptr()}
+    port.use({f"plug {i}": 0.01 for i in range(100)})
+    ids = torch.tensor([port.base.tokenizer(PROMPTS[0])["input_ids"]])
+    with torch.inference_mode():
+        ours = port.model(input_ids=ids).logits[0]
+    torch.testing.assert_close(ours, said(port.base, adapters["rrr"], PROMPTS[0]), atol=1e-3, rtol=1e-3)
+
+
+def test_a_folder_is_plugged_in_by_its_name(port: Port, adapters: dict[str, Adapter], tmp_path: Path) -> None:
+    adapters["rrr"].save(tmp_path / "adapter")
+    port.plug("again", str(tmp_path / "adapter"))
+    port.use("again")
+    again = port.probabilities(PROMPTS)
+    port.use("rrr")
+    assert torch.equal(port.probabilities(PROMPTS), again)
+
+
+def test_the_report_tells_what_is_there_and_what_it_costs(port: Port) -> None:
+    port.use({"math": 0.5})
+    table = port.report(PROMPTS[0], tokens=2).set_index("plug")
+    assert [*table.index[1:]] == [*port.plugs] and table.loc["math", "weight"] == 0.5
+    assert table.loc["math", "edits"] == 6 and table.loc["rrr", "rank"] == 16
+    assert (table["milliseconds"] > 0).all() and table["overhead"].iloc[0] == 0
+    assert port.in_use == {"math": 0.5}
+
+
+@pytest.mark.parametrize("architecture", ["GPT2", "Gemma2", "Cohere", "Phi", "OPT"])
+def test_every_kind_of_head_is_corrected_as_it_was_fitted(tmp_path: Path, architecture: str) -> None:
+    """Capped and scaled heads, heads with a bias or with rows that stand for no token."""
+    models = [load(str(make(tmp_path / str(seed), architecture, seed)), device="cpu") for seed in (0, 1)]
+    probes = Probes("x", "train", ("The river rises in the hills.", "What is 12 + 13?", "A baker has 24 rolls."))
+    adapter = fit(harvest(*models, probes, "all", progress=False), "rrr", lam=1.0)
+    port = Port(models[0])
+    port.plug("x", adapter)
+    port.use("x")
+    wanted = torch.stack([said(models[0], adapter, one)[-1].softmax(-1) for one in probes.prompts])
+    torch.testing.assert_close(port.probabilities(probes.prompts), wanted, atol=1e-4, rtol=1e-3)
+    texts = [greedy(models[0], adapter, one, 6) for one in probes.prompts]
+    assert port.generate(probes.prompts, max_new_tokens=6) == texts
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, "much", None])
+def test_weights_that_are_none_are_refused(port: Port, weight: object) -> None:
+    port.use("math")
+    for change in (lambda: port.use({"math": 1.0, "verse": weight}), lambda: port.strength("math", weight)):
+        with refused("finite number of at least zero"):
+            change()
+    assert port.in_use == {"math": 1.0}
+
+
+def test_wrong_plugs_are_refused(
+    port: Port, pocket: dict[str, LanguageModel], adapters: dict[str, Adapter]
+) -> None:
+    with refused("'math' is taken"):
+        port.plug("math", adapters["rrr"])
+    with refused("'gone' is not plugged in", "math, verse"):
+        port.use("gone")
+    with refused("not plugged in"):
+        port.unplug("gone")
+    with refused("sum to zero"):
+        port.use({"math": 0.0})
+    with refused("is no plug"):
+        port.plug("x", 3)
+    with refused("pocket-base", "pocket-math", "made for"):
+        Port(pocket["math"]).plug("x", adapters["rrr"])
+    a = harvest(port.base, pocket["math"], probe_set("math-text", n=4), "all", [3], progress=False)
+    with refused("layer 3", "in place of"):
+        port.plug("x", fit(a, "v1", layer=3, lam=1.0))
+    with refused("edits already"):
+        Port(port.base.edited(*adapters["math"].edits))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "words"),
+    [
+        ("The", {"stop": ""}, "stop strings that are not empty"),
+        (["The", "A"], {"stream": True}, "one to stream"),
+        ("The", {"max_new_tokens": 0}, "1 or more"),
+        ("The", {"heat": 3}, "transformers refuses"),
+        ("\ud800", {}, "no Unicode text"),
+        ([], {}, "give a prompt"),
+        ("word " * 600, {}, "shorten it"),
+    ],
+)
+def test_wrong_settings_are_refused(port: Port, prompt: object, settings: dict, words: str) -> None:
+    with refused(words):
+        port.generate(prompt, **settings)
+
+
+def test_a_text_ends_with_the_context(port: Port) -> None:
+    prompt = "The sea. " * 168
+    length = len(port.base.tokenizer(prompt)["input_ids"])
+    assert port.base.context - 12 < length < port.base.context
+    text = port.generate(prompt, max_new_tokens=100, min_new_tokens=1)
+    assert len(port.base.tokenizer(prompt + text)["input_ids"]) <= port.base.context + 2
