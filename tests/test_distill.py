@@ -22,9 +22,8 @@ from chassis_utils import (
     load,
     probe_set,
 )
-from chassis_utils.probes import _cut
 from chassis_utils.solve import Gram, low_rank, scaled_ridge
-from ownwords import written
+from ownwords import _cut, written
 from plugs import SyntheticExpert
 
 ENDS = {"eos_token_id": 2, "pad_token_id": 2}
