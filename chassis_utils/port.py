@@ -24,8 +24,8 @@ from .bridge import Bridge
 from .errors import ChassisError
 from .models import LanguageModel, Place, logit_scale
 
-#: A plug: an adapter, or an expert that runs beside the base and is asked at every token.
-Plug = Adapter | LanguageModel | Bridge | ApiExpert
+Live = LanguageModel | Bridge | ApiExpert  #: An expert that runs beside the base and is asked at every token
+Plug = Adapter | Live
 TAIL = 8  # tokens of a prompt that a continuation is decoded behind: its first space depends on them
 
 
@@ -68,8 +68,7 @@ class Port:
         self._twin.backbone = self.model.base_model
         ends = {"eos_token_id": base.model.generation_config.eos_token_id, "pad_token_id": base.tokenizer.pad_token_id}
         # Rows of the head beyond the tokenizer stand for no token.
-        rows = self.model.get_output_embeddings().weight.shape[0]
-        ends["suppress_tokens"] = [*range(base.vocab_size, rows)] or None
+        ends["suppress_tokens"] = [*range(base.vocab_size, len(self.model.get_output_embeddings().weight))] or None
         self.model.generation_config = GenerationConfig(**ends)
         self._own_generate, self.model.generate = self.model.generate, self._generate
 
@@ -109,7 +108,7 @@ class Port:
 
     def unplug(self, name: str) -> None:
         """Take a plug out; what else is in use stays so. ChassisError: there is none, or text is being generated."""
-        self.use({other: self._weights[other] for other in self._weights if other != name} or None)
+        self.use({other: weight for other, weight in self._weights.items() if other != name and weight} or None)
         self.plugs.pop(self._known(name))
         del self._strengths[name]
 
@@ -188,7 +187,7 @@ class Port:
     def _generate(self, *args: Any, **settings: Any) -> Any:
         """`transformers`' own generate, with what live experts say."""
         with self._idle():
-            if live := self._active(LanguageModel | Bridge | ApiExpert):
+            if live := self._active(Live):
                 mask = settings.get("attention_mask")
                 starts = [0] if mask is None else (mask.shape[1] - mask.sum(1)).tolist()
                 others = settings.get("logits_processor") or []
@@ -202,9 +201,9 @@ class Port:
         with self._idle(), torch.inference_mode():
             logits = self.model(input_ids=ids, attention_mask=mask.to(ids.device), use_cache=False).logits
             logits = logits[range(len(ids)), ends, : self.base.vocab_size].float()
-            for row, end, own in zip(ids, ends, logits, strict=True):
-                if live := self._active(LanguageModel | Bridge | ApiExpert):
-                    own.copy_(_Live(self.base, live, [0])(row[None, : end + 1], own[None])[0])
+            live = self._active(Live)
+            for row, end, own in zip(ids, ends, logits, strict=True) if live else ():
+                own.copy_(_Live(self.base, live, [0])(row[None, : end + 1], own[None])[0])
         return logits.softmax(-1)
 
     def generate(
@@ -234,8 +233,7 @@ class Port:
         options["max_new_tokens"] = min(max_new_tokens, room)
         if stream:
             return _until(self._streamed(ids, options, seed, end), stops)
-        texts = [end.text(row) for row in self._seeded(ids, options, seed)]
-        texts = ["".join(_until([text], stops)) for text in texts]
+        texts = ["".join(_until([end.text(row)], stops)) for row in self._seeded(ids, options, seed)]
         return texts[0] if isinstance(prompt, str) else texts
 
     def _ids(self, prompt: str) -> list[int]:
@@ -296,12 +294,14 @@ class Port:
             rows.append(row)
         if prompt is not None:
             before, fastest = self.in_use, [math.inf] * len(rows)
-            for i in [*range(len(rows))] * 3:
-                self.use(rows[i]["plug"])
-                start = time.perf_counter()
-                self.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens)
-                fastest[i] = min(fastest[i], 1000 * (time.perf_counter() - start) / tokens)
-            self.use(before or None)
+            try:
+                for i in [*range(len(rows))] * 3:
+                    self.use(rows[i]["plug"])
+                    start = time.perf_counter()
+                    self.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens)
+                    fastest[i] = min(fastest[i], 1000 * (time.perf_counter() - start) / tokens)
+            finally:
+                self.use(before or None)
             for row, own in zip(rows, fastest, strict=True):
                 row |= {"milliseconds": own, "overhead": own / fastest[0] - 1}
         return pd.DataFrame(rows)

@@ -242,6 +242,15 @@ def test_the_report_tells_what_is_there_and_what_it_costs(port: Port) -> None:
     assert table.loc["math", "edits"] == 6 and table.loc["rrr", "rank"] == 16
     assert (table["milliseconds"] > 0).all() and table["overhead"].iloc[0] == 0
     assert port.in_use == {"math": 0.5}
+    with refused("shorten it"):
+        port.report("word " * 600)
+    assert port.in_use == {"math": 0.5}
+
+
+def test_the_last_that_counts_is_taken_out(port: Port) -> None:
+    port.use({"math": 1.0, "verse": 0.0})
+    port.unplug("math")
+    assert port.in_use == {} and "math" not in port.plugs
 
 
 @pytest.mark.parametrize("architecture", ["GPT2", "Gemma2", "Cohere", "Phi", "OPT"])
