@@ -22,6 +22,7 @@ from .probes import probe_set as probe_set
 from .probes import written as written
 from .records import Records as Records
 from .records import read_records as read_records
+from .router import Router as Router
 from .solve import Gram as Gram
 from .solve import ridge as ridge
 from .statistics import Statistics as Statistics
