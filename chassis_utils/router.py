@@ -36,13 +36,13 @@ class Router:
     slack: float = 2.0  #: Others' texts of a domain lie farther off than passages of one hand
 
     @classmethod
-    def fit(cls, base: LanguageModel, experts: Mapping[str, Probes], rest: Sequence[Probes] = ()) -> Router:
+    def fit(cls, base: LanguageModel, experts: Mapping[str, Probes], rest: Probes | Sequence[Probes] = ()) -> Router:
         """Solve from passages of each expert's domain and sets of texts of no expert, in one pass of the base.
 
         Windows of 4 to 128 tokens stand for short prompts; every eighth passage is held out for the limits. Raises
         ChassisError: no expert, a bad name, a set of fewer than two passages, one that is in two sets or too long.
         """
-        sets = [*experts.values(), *rest]
+        sets = [*experts.values(), *([rest] if isinstance(rest, Probes) else rest)]
         if not experts or not all(isinstance(n, str) and n not in ("", "none", "choice", "distance") for n in experts):
             raise ChassisError(f"experts named {[*experts]}: give at least one, and no name that the table has itself")
         seen = [one.fingerprints if isinstance(one, Probes) else () for one in sets]
