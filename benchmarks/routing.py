@@ -23,9 +23,9 @@ LENGTHS = (4, 8, 16, 32, 64)
 PACKAGE = Path(__file__).parents[1] / "chassis_utils"
 DOMAINS = {"pocket-math": "math", "pocket-shakespeare": "verse", None: "prose"}
 
-#: In no text that the router is fitted on: neither these languages nor their alphabets.
+#: Of the languages, the router is fitted on German, Spanish and Chinese templates alone.
 LANGUAGES = (
-    "Le vieux pont de pierre traverse la rivière depuis trois siècles, et chaque printemps l'eau monte jusqu'aux arches.",
+    "Le vieux pont de pierre traverse la rivière depuis trois siècles, et au printemps l'eau monte jusqu'aux arches.",
     "La mattina presto il fornaio apre la bottega, accende il forno e prepara il pane per tutta la strada.",
     "In de winter vriest het meer dicht, en dan schaatsen de kinderen uit het dorp van de ene oever naar de andere.",
     "No fim da tarde os pescadores voltam ao porto, contam os peixes e vendem tudo antes de a noite cair.",

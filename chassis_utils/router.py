@@ -84,7 +84,7 @@ class Router:
         scores = (-far / 2).softmax(1).where(distance[:, None] <= 1, 0)[:, : len(self.names)]
         scores = torch.cat([scores, 1 - scores.sum(1, keepdim=True)], 1)
         choice = pd.Series([(*self.names, None)[i] for i in scores.argmax(1)], dtype=object)  # which keeps None
-        return pd.DataFrame(scores, columns=[*self.names, "none"]).assign(choice=choice, distance=distance)
+        return pd.DataFrame(scores.numpy(), columns=[*self.names, "none"]).assign(choice=choice, distance=distance)
 
     def confusion(self, sets: Mapping[str | None, Probes]) -> pd.DataFrame:
         """Prompts of each set (by the right choice) that go where; ChassisError: an unknown name, prompts fitted on."""
