@@ -76,15 +76,14 @@ class Router:
         the nearest class, is a share. ChassisError: no prompt, an empty one, one longer than the base's context.
         """
         probes = Probes("prompts", "text", texts if isinstance(texts, str) else (*texts,))
-        found = dict(_states(self.base, probes))
-        rows = torch.stack([found[i].mean(0) for i in range(len(probes))])
-        far = torch.cdist(rows @ self.whiten, self.means).square()
-        limit = self.slack * self.limit[[bisect(LENGTHS, len(found[i]), 1) - 1 for i in range(len(probes))]]
-        distance = far.amin(1) / limit
+        states = [state for _, state in sorted(_states(self.base, probes))]  # numbers differ: no states are compared
+        far = torch.cdist(torch.stack([state.mean(0) for state in states]) @ self.whiten, self.means).square()
+        limit = self.limit[[bisect(LENGTHS, len(state), 1) - 1 for state in states]]
+        distance = far.amin(1) / (self.slack * limit)
         scores = (-far / 2).softmax(1).where(distance[:, None] <= 1, 0)[:, : len(self.names)]
         scores = torch.cat([scores, 1 - scores.sum(1, keepdim=True)], 1)
         choice = pd.Series([(*self.names, None)[i] for i in scores.argmax(1)], dtype=object)  # which keeps None
-        return pd.DataFrame(scores.numpy(), columns=[*self.names, "none"]).assign(choice=choice, distance=distance)
+        return pd.DataFrame(scores.numpy(), columns=[*self.names, "none"]).assign(choice=choice, distance=distance.numpy())
 
     def confusion(self, sets: Mapping[str | None, Probes]) -> pd.DataFrame:
         """Prompts of each set (by the right choice) that go where; ChassisError: an unknown name, prompts fitted on."""
