@@ -81,9 +81,9 @@ class Router:
         limit = self.limit[[bisect(LENGTHS, len(state), 1) - 1 for state in states]]
         distance = far.amin(1) / (self.slack * limit)
         scores = (-far / 2).softmax(1).where(distance[:, None] <= 1, 0)[:, : len(self.names)]
-        scores = torch.cat([scores, 1 - scores.sum(1, keepdim=True)], 1)
+        scores = torch.cat([scores, (1 - scores.sum(1, keepdim=True)).clamp(min=0)], 1).numpy()
         choice = pd.Series([(*self.names, None)[i] for i in scores.argmax(1)], dtype=object)  # which keeps None
-        return pd.DataFrame(scores.numpy(), columns=[*self.names, "none"]).assign(choice=choice, distance=distance.numpy())
+        return pd.DataFrame(scores, columns=[*self.names, "none"]).assign(choice=choice, distance=distance.numpy())
 
     def confusion(self, sets: Mapping[str | None, Probes]) -> pd.DataFrame:
         """Prompts of each set (by the right choice) that go where; ChassisError: an unknown name, prompts fitted on."""
