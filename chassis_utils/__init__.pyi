@@ -20,6 +20,7 @@ from .probes import passages as passages
 from .probes import probe_set as probe_set
 from .records import Records as Records
 from .records import read_records as read_records
+from .router import Router as Router
 from .solve import Gram as Gram
 from .solve import ridge as ridge
 from .statistics import Statistics as Statistics
