@@ -23,6 +23,7 @@ from .api import ApiExpert
 from .bridge import Bridge
 from .errors import ChassisError
 from .models import LanguageModel, Place, logit_scale
+from .router import Router
 
 Live = LanguageModel | Bridge | ApiExpert  #: An expert that runs beside the base and is asked at every token
 Plug = Adapter | Live
@@ -53,10 +54,10 @@ class Port:
     difference of log probabilities, what a bridge could not place being left to the base.
     """
 
-    def __init__(self, base: LanguageModel) -> None:
+    def __init__(self, base: LanguageModel, router: Router | None = None) -> None:
         if base.edits:
             raise ChassisError(f"{base.name} has edits already: give the bare model, and plug them in")
-        self.base = base
+        self.base, self.router = base, router
         self.plugs: dict[str, Plug] = {}
         self._strengths: dict[str, float] = {}
         self._weights: dict[str, float] = {}
@@ -132,6 +133,18 @@ class Port:
         with self._idle():
             self._weights = weights
             self._install()
+
+    def route(self, prompt: str) -> str | None:
+        """Use the plug that the router takes a prompt to be for, from here on; its name, or None for the bare base.
+
+        ChassisError: there is no router, it was fitted for another base, or its choice is not plugged in; see `use`.
+        """
+        if self.router is None or self.router.base.revision != self.base.revision:
+            there = "no router" if self.router is None else f"a router for {self.router.base.name}"
+            raise ChassisError(f"this port for {self.base.name} has {there}: set router to Router.fit(base, ...)")
+        choice = self.router([prompt])["choice"][0]
+        self.use(choice)
+        return choice
 
     def _known(self, name: str) -> str:
         if name not in self.plugs:

@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from conftest import make, refused
 
-from chassis_utils import Adapter, Bridge, LanguageModel, Port, Probes, fit, harvest, load, probe_set
+from chassis_utils import Adapter, Bridge, LanguageModel, Port, Probes, Router, fit, harvest, load, probe_set
 from chassis_utils.models import tensor_hash
 
 PROMPTS = ["Tom has 12 apples and buys", "The", "What is love? It is a thing of"]
@@ -322,3 +322,29 @@ def test_a_text_ends_with_the_context(port: Port) -> None:
     assert port.base.context - 12 < length < port.base.context
     text = port.generate(prompt, max_new_tokens=100, min_new_tokens=1)
     assert len(port.base.tokenizer(prompt + text)["input_ids"]) <= port.base.context + 2
+
+
+def test_a_prompt_is_routed_to_its_plug_or_to_the_bare_base(port: Port) -> None:
+    domains = {"math": probe_set("math-text"), "verse": probe_set("verse")}
+    port.router = Router.fit(port.base, domains, probe_set("prose"))
+    for name, prompt in (
+        ("math", "Question: Ben has 12 boxes with 9 pencils in each. He gives 20 away. How many are left?\nAnswer:"),
+        (None, "The town lies on the north bank of the river and had a population of 4,210 in 1901."),
+        ("verse", "First Lord:\nMy liege, the night hath borne a storm,\nAnd thou dost sleep, nor heed'st what"),
+    ):
+        assert port.route(prompt) == name
+        assert port.in_use == ({} if name is None else {name: 1.0})
+
+
+def test_routes_that_lead_nowhere_are_refused(port: Port, pocket: dict[str, LanguageModel]) -> None:
+    port.use("rrr")
+    with refused("no router", "Router.fit"):
+        port.route("What is this?")
+    some = Probes("a", "train", ("3 plus 4 is 7", "12 less 5 is 7")), Probes("b", "train", ("O love", "O night"))
+    port.router = Router.fit(pocket["math"], {"math": some[0], "verse": some[1]})
+    with refused("a router for pocket-math", "pocket-base"):
+        port.route("What is this?")
+    port.router = Router.fit(pocket["base"], {"law": some[0]})
+    with refused("'law' is not plugged in"):
+        port.route("3 plus 4 is 7")
+    assert port.in_use == {"rrr": 1.0}
