@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from .activations import Activations
 from .errors import ChassisError
@@ -22,7 +25,15 @@ from .records import replacing
 from .solve import Gram, low_rank, ridge
 from .statistics import Statistics
 
-FORMAT = 2  # 1 had no features and no edits
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT = 3  # 2 knew neither tokenizer nor licence
+MOST_JSON, MOST_BYTES = 2**20, 2**35  #: No settings of an adapter are longer, no map to a vocabulary larger
+#: What its JSON holds beside the format, and how its tensors are named.
+_KINDS = dict.fromkeys(("method", "base_name", "head_hash", "space", "onto"), str) | {"layer": int, "rank": int}
+_KINDS |= {"features": dict | NoneType, "edits": list, "info": dict}
+_NAME = re.compile(r"(?:edits\.(0|[1-9][0-9]{0,3})\.)?(down|up|bias|columns|values|fitted_on)")
 ONTO = ("final", "layer", "normed", "stream", "nothing")
 
 
@@ -139,16 +150,23 @@ class Adapter:
         maps = (torch.zeros(shape, device=base.device) for shape in ((h, 0), (0, m), (m,)))
         return cls("identity", layer, *maps, base.name, base.head_hash, onto=onto)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write its folder, complete or not at all; ChassisError where that cannot be, or another thing is there."""
+    def save(self, folder: str | Path, figures: pd.DataFrame | None = None) -> Path:
+        """Write its folder: JSON, safetensors, and a card that shows its settings and, of `evaluate`, its `figures`.
+
+        It is there complete or not at all; ChassisError where that cannot be, or another thing is there.
+        """
+        from .exchange import card  # which needs this module
+
         folder = Path(folder)
         if folder.exists() and not (folder / "adapter.json").is_file():
             raise ChassisError(f"{folder} exists and is no adapter folder: choose another name")
-        tensors, plain = self._written()
+        (tensors, plain), told = self._written(), card(self, figures)
         with replacing(folder) as temporary:
             temporary.mkdir(parents=True)
             save_file(tensors, temporary / "adapter.safetensors")
-            (temporary / "adapter.json").write_text(json.dumps({"format": FORMAT} | plain, indent=1) + "\n")
+            text = json.dumps({"format": FORMAT} | plain, indent=1, allow_nan=False)
+            (temporary / "adapter.json").write_text(text + "\n")
+            (temporary / "README.md").write_text(told, encoding="utf-8")
         return folder
 
     def _written(self) -> tuple[dict[str, torch.Tensor], dict]:
@@ -158,56 +176,151 @@ class Adapter:
             tensors["fitted_on"] = torch.tensor(sorted(self.fitted_on))
         edits = [edit._written() for edit in self.edits]
         tensors |= {f"edits.{i}.{k}": t for i, (theirs, _) in enumerate(edits) for k, t in theirs.items()}
-        plain = {k: v for k, v in vars(self).items() if isinstance(v, int | str | dict)}
+        plain = {k: v for k, v in vars(self).items() if isinstance(v, int | str | dict)} | {"rank": self.rank}
         plain |= {"features": self.features and asdict(self.features), "edits": [values for _, values in edits]}
         return tensors, plain
 
     @classmethod
-    def _read(cls, plain: dict, tensors: dict[str, torch.Tensor]) -> Adapter:
-        """The way back; raises LookupError, TypeError or ChassisError on what `_written` does not write."""
-        below: list[dict[str, torch.Tensor]] = [{} for _ in plain["edits"]]
-        for name in [name for name in tensors if name.startswith("edits.")]:
-            _, number, rest = name.split(".", 2)
-            below[int(number)][rest] = tensors.pop(name)
-        parts = {"edits": tuple(map(cls._read, plain["edits"], below))}
-        parts["fitted_on"] = frozenset(tensors.pop("fitted_on", torch.empty(0, dtype=torch.long)).tolist())
-        parts["features"] = plain["features"] and Features(**plain["features"])
-        return cls(**plain | tensors | parts)._checked("shapes or values")
+    def load(cls, folder: str | Path, base: LanguageModel | None = None, revision: str | None = None) -> Adapter:
+        """Read the folder that `save` wrote, or a repository of the hub (`org/name`, at a `revision`).
+
+        Nothing in it is executed, and no tensor is read before names, types and shapes are those of an adapter, and of
+        the base where one is given. ChassisError where nothing is there, or what is damaged, of an unknown format, or
+        made for another base.
+        """
+        from .exchange import found
+
+        here, root = found(folder, revision)
+        with _reading(folder):
+            plain, path = _settings(here, root)
+            shell = cls._read(plain, path, shapes=True)
+        if base is not None:
+            shell.check_base(base)._check_sizes(base)
+        with _reading(folder):
+            adapter = cls._read(plain, path)
+        return adapter if base is None else adapter.to(base.device)
 
     @classmethod
-    def load(cls, folder: str | Path, base: LanguageModel | None = None) -> Adapter:
-        """Read the folder that `save` wrote, and refuse it unless it fits the base's head; nothing in it is executed.
-
-        ChassisError where nothing is there, or what is damaged, of an unknown format, or made for another base.
-        """
-        folder = Path(folder)
-        try:
-            plain = json.loads((folder / "adapter.json").read_text())
-            tensors = load_file(folder / "adapter.safetensors")
-            if (known := plain.pop("format")) == FORMAT:
-                adapter = cls._read(plain, tensors)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError, ChassisError) as error:
-            unreadable = f"{folder} is not a readable adapter folder ({type(error).__name__})"
-            raise ChassisError(f"{unreadable}: save it again") from error
-        if known != FORMAT:
-            raise ChassisError(f"{folder} has adapter format {known}, this version reads {FORMAT}: fit it again")
-        return adapter if base is None else adapter.check_base(base).to(base.device)
+    def _read(cls, plain: dict, path: Path, shapes: bool = False) -> Adapter:
+        """The way back, also with `shapes` that hold no values; raises on whatever `_written` does not write."""
+        parts: list[dict[str, Any]] = [{}, *({} for _ in plain["edits"])]
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  a file is no dictionary
+                number, own = _NAME.fullmatch(name).groups()
+                part, kind = file.get_slice(name), torch.int64 if own in ("columns", "fitted_on") else torch.float32
+                if part.get_dtype() != {torch.int64: "I64", torch.float32: "F32"}[kind]:
+                    raise ChassisError(f"{own} of type {part.get_dtype()}")
+                empty = torch.empty(part.get_shape() if shapes else 0, dtype=kind, device="meta")
+                parts[int(number or -1) + 1][own] = empty if shapes else file.get_tensor(name)
+        made = []
+        for tensors, own in zip(parts, (plain, *plain["edits"]), strict=True):
+            if odd := sorted(own.keys() ^ _KINDS.keys()) or [k for k in own if not isinstance(own[k], _KINDS[k])]:
+                raise ChassisError(f"settings missing, unknown or of another kind: {', '.join(map(ascii, odd))}")
+            fitted = tensors.pop("fitted_on", torch.empty(0))
+            tensors |= {k: v for k, v in own.items() if k not in ("rank", "edits")}
+            tensors["features"] = own["features"] and Features(**own["features"])
+            tensors["fitted_on"] = frozenset() if shapes else frozenset(fitted.tolist())
+            made.append(cls(**tensors)._checked("shapes or values that do not fit one another"))
+            if made[-1].rank != own["rank"] or (own is not plain and own["edits"]):
+                raise ChassisError("another rank than it says, or edits of edits")
+        return replace(made[0], edits=tuple(made[1:]))
 
     def _checked(self, wrong: str) -> Adapter:
-        rank, m = self.up.shape
-        good = self.down.ndim == 2 and self.down.shape[1] == rank and self.bias.shape == (m,) and self.onto in ONTO
-        good = good and (self.columns is None or self.columns.shape == (m,)) and self.space in ("logits", "hidden")
-        good = good and isinstance(self.layer, int) and self.layer >= 0
-        if not (good and all(torch.isfinite(t).all() for t in (self.down, self.up, self.bias))):
+        (p, rank), (rows, m), columns, features = self.down.shape, self.up.shape, self.columns, self.features
+        good = rank == rows and self.bias.shape == (m,) and self.onto in ONTO and self.space in ("logits", "hidden")
+        good = good and (columns is None or columns.shape == (m,)) and isinstance(self.layer, int) and self.layer >= 0
+        # Random features are drawn, as many as a file says: no more than it has numbers for.
+        good = good and (features is None or features.random < p and features.random <= p * rank)
+        if good and not self.down.is_meta:
+            numbers = [t for t in (self.down, self.up, self.bias, self.values) if t is not None]
+            good = all(torch.isfinite(t).all() for t in numbers) and (columns is None or bool((columns >= 0).all()))
+        if not good:
             raise ChassisError(wrong)
         return self
 
+    def _check_sizes(self, base: LanguageModel) -> None:
+        """Refuse shapes that the base does not have, found by a pass over one token."""
+        parts = self, *self.edits
+        places = tuple(dict.fromkeys(place for one in parts for place in (*one.reads, one.changes)))
+        widths = dict(zip(places, Features(places).sizes(base), strict=True))
+        for one in parts:
+            p = sum(widths[place] for place in one.reads) + (one.features.random if one.features else 0)
+            m = base.hidden_size if one.space == "hidden" else base.vocab_size
+            m = m if one is self else widths[one.changes]
+            m = m if one.columns is None else min(m, len(one.bias))
+            if (one.down.shape[0], len(one.bias)) != (p, m):
+                shape = f"from {one.down.shape[0]} to {len(one.bias)}, {base.name} has {p} and {m}"
+                raise ChassisError(f"this {one.method} adapter is a map {shape}: fit one for this base")
+
+    def push(self, repo_id: str, figures: pd.DataFrame | None = None, private: bool | None = None) -> str:
+        """What `save` writes, as a repository of the hub, made if it is not there; gives the commit, a `revision`.
+
+        The token is the one that `hf auth login` or HF_TOKEN gave to `huggingface_hub`. ChassisError: the hub says no.
+        """
+        from .exchange import push
+
+        return push(self, repo_id, figures, private)
+
+    def to_peft(self, folder: str | Path, base: LanguageModel | None = None) -> Path:
+        """Write the same map as a LoRA of the base's head, in the format of `peft`; the base is loaded unless given.
+
+        Any adapter that is affine in the final state has one. Its intercept becomes `lora_bias`, with which `peft`
+        merges only where the head has a bias, drops it from `add_weighted_adapter`, and vLLM refuses all: for these,
+        export `without_intercept`. A base whose head is tied to its embedding must be untied before it is merged.
+        ChassisError for any other adapter, naming what it has that a LoRA of the head has not.
+        """
+        from .exchange import to_peft
+
+        return to_peft(self, folder, base)
+
+    def without_intercept(self, activations: Activations) -> Adapter:
+        """The same map, its bias behind one more factor, of the final state, that is nearest to 1 on these activations.
+
+        By least squares, this is the best map without intercept there is, if none of the rank was cut. Behind a
+        LayerNorm with bias the state has such a factor exactly; behind an RMSNorm `evaluate` tells what it costs.
+        ChassisError where `to_peft` has one.
+        """
+        from .exchange import without_intercept
+
+        return without_intercept(self, activations)
+
     def check_base(self, base: LanguageModel) -> Adapter:
-        """Itself, if it was made for this base's head; else ChassisError, naming both."""
-        if self.head_hash == base.head_hash:
-            return self
-        ours, theirs = f"{self.base_name} (head {self.head_hash})", f"{base.name} (head {base.head_hash})"
-        raise ChassisError(f"this adapter was made for {ours}, not for {theirs}: fit one for this base")
+        """Itself, if it was made for this base: head, tokenizer and body, where known; else ChassisError, naming both."""
+        bodies = [] if "base_revision" not in self.info else [base.revision, base.bare.revision]
+        tokenizer = self.info.get("tokenizer_hash")
+        parts = [("head", self.head_hash, [base.head_hash]), ("body", self.info.get("base_revision"), bodies)]
+        parts += [] if tokenizer is None else [("tokenizer", tokenizer, [base.tokenizer_hash])]
+        for part, ours, theirs in parts:
+            if theirs and ours not in theirs:
+                names = f"{self.base_name} ({part} {ours!s:.64}), not for {base.name} ({part} {theirs[-1]})"
+                raise ChassisError(f"this adapter was made for {names}: fit one for this base")
+        return self
+
+
+@contextmanager
+def _reading(folder: str | Path) -> Iterator[None]:
+    """Say in one line that an adapter's folder cannot be read."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ChassisError, SafetensorError) as error:
+        why = str(error) if isinstance(error, ChassisError) else type(error).__name__
+        raise ChassisError(f"{folder} is not a readable adapter folder ({why:.200}): save it, or fit it again") from error
+
+
+def _settings(folder: Path, root: Path) -> tuple[dict, Path]:
+    """The JSON of a folder whose files lie in `root`, and where its tensors are; raises on what `save` never writes."""
+    paths = [(folder / name).resolve(strict=True) for name in ("adapter.json", "adapter.safetensors")]
+    for path, most in zip(paths, (MOST_JSON, MOST_BYTES), strict=True):
+        if not (path.is_file() and path.is_relative_to(root.resolve()) and path.stat().st_size <= most):
+            raise ChassisError(f"a file that is none, lies elsewhere, or has more than {most:,} bytes")
+    plain = json.loads(paths[0].read_bytes())
+    json.dumps(plain, allow_nan=False)  # raises on NaN and infinity, however they were written
+    if (known := plain.pop("format")) != FORMAT:
+        raise ChassisError(f"adapter format {known}, this version reads {FORMAT}")
+    with paths[1].open("rb") as file:
+        if int.from_bytes(file.read(8), "little") > MOST_JSON:
+            raise ChassisError(f"tensors with no header, or one of more than {MOST_JSON:,} bytes")
+    return plain, paths[1]
 
 
 Method = Callable[..., Adapter]
@@ -239,6 +352,7 @@ def fit(
         ChassisError: unknown method or option, a layer not harvested, a rank or K out of range, a singular system.
     """
     from . import distill  # noqa: F401  it registers v2, and needs this module
+    from .exchange import licence
 
     sums = isinstance(activations, Statistics)
     if not sums and not isinstance(activations, Activations):
@@ -267,6 +381,7 @@ def fit(
     info = {"n": len(activations), "lam": lam, "probes": " + ".join(one.name for one in probes)} | adapter.info
     info |= {"positions": activations.positions, "expert": expert.name}
     info |= {"base_revision": base.revision, "expert_revision": expert.revision}
+    info |= {"tokenizer_hash": base.tokenizer_hash, "licence": licence(expert)}
     whole = *probes, *filter(None, [getattr(expert, "text", None)])  # what a rule was counted on is fitted on
     seen = frozenset().union(*(one.fingerprints for one in whole))
     adapter = replace(adapter, method=method, info=info, fitted_on=seen).to(base.device)
