@@ -5,28 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .activations import Activations
 from .errors import ChassisError
+from .exchange import Exchange, card, found, licence, refusing
 from .features import Features
 from .foreign import ForeignExpert
 from .models import LanguageModel, Place, Readout, tensor_hash
 from .records import replacing
 from .solve import Gram, low_rank, ridge
 from .statistics import Statistics
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 FORMAT = 3  # 2 knew neither tokenizer nor licence
 MOST_JSON, MOST_BYTES = 2**20, 2**35  #: No settings of an adapter are longer, no map to a vocabulary larger
@@ -38,7 +36,7 @@ ONTO = ("final", "layer", "normed", "stream", "nothing")
 
 
 @dataclass(frozen=True)
-class Adapter:
+class Adapter(Exchange):
     """`hidden[layer] @ down @ up + bias`, added to the base's logits or to its head's input: every map of the study."""
 
     method: str
@@ -155,8 +153,6 @@ class Adapter:
 
         It is there complete or not at all; ChassisError where that cannot be, or another thing is there.
         """
-        from .exchange import card  # which needs this module
-
         folder = Path(folder)
         if folder.exists() and not (folder / "adapter.json").is_file():
             raise ChassisError(f"{folder} exists and is no adapter folder: choose another name")
@@ -188,49 +184,45 @@ class Adapter:
         the base where one is given. ChassisError where nothing is there, or what is damaged, of an unknown format, or
         made for another base.
         """
-        from .exchange import found
-
+        told = f"{folder} is not a readable adapter folder", "save it, or fit it again"
         here, root = found(folder, revision)
-        with _reading(folder):
+        with refusing(*told):
             plain, path = _settings(here, root)
             shell = cls._read(plain, path, shapes=True)
         if base is not None:
             shell.check_base(base)._check_sizes(base)
-        with _reading(folder):
+        with refusing(*told):
             adapter = cls._read(plain, path)
-        return adapter if base is None else adapter.to(base.device)
+        return adapter if base is None else adapter.check_base(base).to(base.device)
 
     @classmethod
     def _read(cls, plain: dict, path: Path, shapes: bool = False) -> Adapter:
         """The way back, also with `shapes` that hold no values; raises on whatever `_written` does not write."""
         parts: list[dict[str, Any]] = [{}, *({} for _ in plain["edits"])]
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  a file is no dictionary
-                number, own = _NAME.fullmatch(name).groups()
-                part, kind = file.get_slice(name), torch.int64 if own in ("columns", "fitted_on") else torch.float32
-                if part.get_dtype() != {torch.int64: "I64", torch.float32: "F32"}[kind]:
+            for name in file.keys():
+                (number, own), part = _NAME.fullmatch(name).groups(), file.get_slice(name)
+                if part.get_dtype() != ("I64" if own in ("columns", "fitted_on") else "F32"):
                     raise ChassisError(f"{own} of type {part.get_dtype()}")
-                empty = torch.empty(part.get_shape() if shapes else 0, dtype=kind, device="meta")
-                parts[int(number or -1) + 1][own] = empty if shapes else file.get_tensor(name)
-        made = []
+                tensor = torch.empty(part.get_shape(), device="meta") if shapes else file.get_tensor(name)
+                parts[int(number or -1) + 1][own] = tensor
         for tensors, own in zip(parts, (plain, *plain["edits"]), strict=True):
-            if odd := sorted(own.keys() ^ _KINDS.keys()) or [k for k in own if not isinstance(own[k], _KINDS[k])]:
-                raise ChassisError(f"settings missing, unknown or of another kind: {', '.join(map(ascii, odd))}")
+            good = own.keys() == _KINDS.keys() and all(isinstance(own[k], kind) for k, kind in _KINDS.items())
+            if not good or tensors["down"].shape[-1] != own["rank"] or (own is not plain and own["edits"]):
+                raise ChassisError("settings missing, unknown or of another kind")
             fitted = tensors.pop("fitted_on", torch.empty(0))
             tensors |= {k: v for k, v in own.items() if k not in ("rank", "edits")}
             tensors["features"] = own["features"] and Features(**own["features"])
             tensors["fitted_on"] = frozenset() if shapes else frozenset(fitted.tolist())
-            made.append(cls(**tensors)._checked("shapes or values that do not fit one another"))
-            if made[-1].rank != own["rank"] or (own is not plain and own["edits"]):
-                raise ChassisError("another rank than it says, or edits of edits")
-        return replace(made[0], edits=tuple(made[1:]))
+        first, *edits = (cls(**part)._checked("shapes or values that do not fit one another") for part in parts)
+        return replace(first, edits=tuple(edits))
 
     def _checked(self, wrong: str) -> Adapter:
         (p, rank), (rows, m), columns, features = self.down.shape, self.up.shape, self.columns, self.features
         good = rank == rows and self.bias.shape == (m,) and self.onto in ONTO and self.space in ("logits", "hidden")
         good = good and (columns is None or columns.shape == (m,)) and isinstance(self.layer, int) and self.layer >= 0
         # Random features are drawn, as many as a file says: no more than it has numbers for.
-        good = good and (features is None or features.random < p and features.random <= p * rank)
+        good = good and (features is None or features.random < min(p, p * rank + 1))
         if good and not self.down.is_meta:
             numbers = [t for t in (self.down, self.up, self.bias, self.values) if t is not None]
             good = all(torch.isfinite(t).all() for t in numbers) and (columns is None or bool((columns >= 0).all()))
@@ -246,65 +238,23 @@ class Adapter:
         for one in parts:
             p = sum(widths[place] for place in one.reads) + (one.features.random if one.features else 0)
             m = base.hidden_size if one.space == "hidden" else base.vocab_size
-            m = m if one is self else widths[one.changes]
-            m = m if one.columns is None else min(m, len(one.bias))
-            if (one.down.shape[0], len(one.bias)) != (p, m):
-                shape = f"from {one.down.shape[0]} to {len(one.bias)}, {base.name} has {p} and {m}"
-                raise ChassisError(f"this {one.method} adapter is a map {shape}: fit one for this base")
-
-    def push(self, repo_id: str, figures: pd.DataFrame | None = None, private: bool | None = None) -> str:
-        """What `save` writes, as a repository of the hub, made if it is not there; gives the commit, a `revision`.
-
-        The token is the one that `hf auth login` or HF_TOKEN gave to `huggingface_hub`. ChassisError: the hub says no.
-        """
-        from .exchange import push
-
-        return push(self, repo_id, figures, private)
-
-    def to_peft(self, folder: str | Path, base: LanguageModel | None = None) -> Path:
-        """Write the same map as a LoRA of the base's head, in the format of `peft`; the base is loaded unless given.
-
-        Any adapter that is affine in the final state has one. Its intercept becomes `lora_bias`, with which `peft`
-        merges only where the head has a bias, drops it from `add_weighted_adapter`, and vLLM refuses all: for these,
-        export `without_intercept`. A base whose head is tied to its embedding must be untied before it is merged.
-        ChassisError for any other adapter, naming what it has that a LoRA of the head has not.
-        """
-        from .exchange import to_peft
-
-        return to_peft(self, folder, base)
-
-    def without_intercept(self, activations: Activations) -> Adapter:
-        """The same map, its bias behind one more factor, of the final state, that is nearest to 1 on these activations.
-
-        By least squares, this is the best map without intercept there is, if none of the rank was cut. Behind a
-        LayerNorm with bias the state has such a factor exactly; behind an RMSNorm `evaluate` tells what it costs.
-        ChassisError where `to_peft` has one.
-        """
-        from .exchange import without_intercept
-
-        return without_intercept(self, activations)
+            wanted = [p, m if one is self else widths[one.changes]]
+            there = [len(one.down), len(one.bias)]
+            if there != wanted and not (one.columns is not None and there[0] == p and there[1] <= m):
+                raise ChassisError(f"a map of sizes {there}, where {base.name} has {wanted}: fit one for this base")
 
     def check_base(self, base: LanguageModel) -> Adapter:
-        """Itself, if it was made for this base: head, tokenizer and body, where known; else ChassisError, naming both."""
-        bodies = [] if "base_revision" not in self.info else [base.revision, base.bare.revision]
-        tokenizer = self.info.get("tokenizer_hash")
-        parts = [("head", self.head_hash, [base.head_hash]), ("body", self.info.get("base_revision"), bodies)]
-        parts += [] if tokenizer is None else [("tokenizer", tokenizer, [base.tokenizer_hash])]
-        for part, ours, theirs in parts:
-            if theirs and ours not in theirs:
-                names = f"{self.base_name} ({part} {ours!s:.64}), not for {base.name} ({part} {theirs[-1]})"
-                raise ChassisError(f"this adapter was made for {names}: fit one for this base")
+        """Itself, if made for this base: head and, where known, tokenizer and body; else ChassisError, naming both."""
+        here = {"head": [base.head_hash], "tokenizer": [base.tokenizer_hash]}
+        here["body"] = [base.bare.revision, base.revision]  # edits may have come later
+        made = {"tokenizer": self.info.get("tokenizer_hash"), "body": self.info.get("base_revision")}
+        for part, ours in ({"head": self.head_hash} | made).items():
+            if ours is not None and ours not in here[part]:
+                both = f"{self.base_name} ({part} {ours!s:.32}), not for {base.name} ({part} {here[part][-1]})"
+                raise ChassisError(f"this adapter was made for {both}: fit one for this base")
+        if self.columns is not None and not self.columns.is_meta and (self.columns >= base.vocab_size).any():
+            raise ChassisError(f"this adapter corrects tokens that {base.name} has not: fit one for this base")
         return self
-
-
-@contextmanager
-def _reading(folder: str | Path) -> Iterator[None]:
-    """Say in one line that an adapter's folder cannot be read."""
-    try:
-        yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ChassisError, SafetensorError) as error:
-        why = str(error) if isinstance(error, ChassisError) else type(error).__name__
-        raise ChassisError(f"{folder} is not a readable adapter folder ({why:.200}): save it, or fit it again") from error
 
 
 def _settings(folder: Path, root: Path) -> tuple[dict, Path]:
@@ -352,7 +302,6 @@ def fit(
         ChassisError: unknown method or option, a layer not harvested, a rank or K out of range, a singular system.
     """
     from . import distill  # noqa: F401  it registers v2, and needs this module
-    from .exchange import licence
 
     sums = isinstance(activations, Statistics)
     if not sums and not isinstance(activations, Activations):

@@ -1,4 +1,4 @@
-"""Adapters elsewhere: a card that shows their figures, the hub, `peft`, vLLM."""
+"""Adapters elsewhere: the card that shows their figures, the hub, `peft`."""
 
 from __future__ import annotations
 
@@ -9,25 +9,130 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 from huggingface_hub import ModelCardData, create_repo, snapshot_download, try_to_load_from_cache, upload_folder
 from huggingface_hub.repocard import metadata_load
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from yaml import YAMLError
 
-from .activations import Activations
-from .adapter import Adapter
 from .errors import ChassisError
-from .models import LanguageModel, load, located, logit_scale
+from .models import LanguageModel, load, located
 from .records import replacing
 from .solve import Gram
 
+if TYPE_CHECKING:
+    from .activations import Activations
+    from .adapter import Adapter
+
 SHOWN = "method rank split probes n kl kl_low kl_high recovered top1_agreement bits_per_byte".split()
-MOST_RANK, MOST_ROWS = 512, 258_048  # of vLLM, see `vllm_refuses`
+
+
+class Exchange:
+    """What leads an `Adapter` to other tools."""
+
+    def push(self: Adapter, repo_id: str, figures: pd.DataFrame | None = None, private: bool | None = None) -> str:
+        """What `save` writes, as a repository of the hub, made if it is not there; gives the commit, a `revision`.
+
+        The token is the one that `hf auth login` or HF_TOKEN gave to `huggingface_hub`. ChassisError: the hub says no.
+        """
+        with TemporaryDirectory() as root:
+            folder = self.save(Path(root) / "adapter", figures)
+            with refusing(f"{repo_id} was not written", "check the id, the network and `hf auth login`"):
+                create_repo(repo_id, private=private, exist_ok=True)
+                return upload_folder(repo_id=repo_id, folder_path=folder).oid
+
+    def without_intercept(self: Adapter, activations: Activations) -> Adapter:
+        """The same map, its bias behind one more factor of the final state, nearest to 1 on these activations.
+
+        By least squares, this is the best map without intercept, if none of its rank was cut. Behind a LayerNorm with
+        bias the state has such a factor exactly; behind an RMSNorm `evaluate` tells what it costs. ChassisError where
+        `to_peft` has one.
+        """
+        _check_linear(self, activations.base)
+        x = activations.hidden[activations.final].cpu()
+        gram = Gram.of(x, x[:, :0])
+        gram.xx.diagonal().mul_(1 + 1e-9)  # states behind a LayerNorm span one dimension less
+        constant = torch.linalg.solve(gram.xx, gram.x).to(self.down)
+        # First, so that a cut keeps it.
+        down, up = torch.cat([constant[:, None], self.down], dim=1), torch.cat([self.bias[None], self.up])
+        return replace(self, down=down, up=up, bias=torch.zeros_like(self.bias), values=None)
+
+    def to_peft(self: Adapter, folder: str | Path, base: LanguageModel | None = None) -> Path:
+        """Write the same map as a LoRA of the base's head, in the format of `peft`; the base is loaded unless given.
+
+        Any adapter that is affine in the final state has one. Its intercept becomes `lora_bias`, with which `peft`
+        merges only where the head has a bias, and which it drops from `add_weighted_adapter`; vLLM refuses it. For
+        these, export it `without_intercept`. A head that is tied to the embedding must be untied before a merge.
+        ChassisError for any other adapter, naming what it has that a LoRA of the head has not.
+        """
+        base, folder = load(self.base_name) if base is None else base, Path(folder)
+        _check_linear(self, base)
+        if folder.exists() and not (folder / "adapter_config.json").is_file():
+            raise ChassisError(f"{folder} exists and is no adapter of peft: choose another name")
+        head, readout = base.model.get_output_embeddings(), base.readout
+        name = next(name for name, module in base.model.named_modules() if module is head)
+        weight, down = readout.weight.cpu().double().T, self.down.cpu().double()
+        both = torch.cat([self.up, self.bias[None]]).cpu().double()
+        if self.space == "hidden":
+            both = both @ weight
+        elif self.columns is not None:
+            both = both.new_zeros(len(both), base.vocab_size).index_copy_(1, self.columns.cpu(), both)
+        if self.onto == "nothing":  # in place of the base's logits is beside them, less them
+            if self.space == "logits" and readout.bias is not None:
+                both[-1] -= readout.bias.cpu()
+            down, both = torch.eye(len(down)).double(), torch.cat([down @ both[:-1] - weight, both[-1:]])
+        if not down.shape[1]:  # a bias alone: peft knows no rank of zero
+            down, both = down.new_zeros(len(down), 1), torch.cat([torch.zeros_like(both), both])
+        rows = torch.zeros(len(head.weight), len(both))
+        rows[: base.vocab_size] = both.T / readout.scale
+        tensors = {"lora_A.weight": down.T.float().contiguous(), "lora_B.weight": rows[:, :-1].contiguous()}
+        tensors |= {"lora_B.bias": rows[:, -1].clone()} if rows[:, -1].any() else {}
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base.name, "bias": "none"}
+        config |= {"r": down.shape[1], "lora_alpha": down.shape[1], "target_modules": [name], "inference_mode": True}
+        config |= {"lora_bias": "lora_B.bias" in tensors}
+        with replacing(folder) as new:
+            new.mkdir(parents=True)
+            save_file({f"base_model.model.{name}.{k}": t for k, t in tensors.items()}, new / "adapter_model.safetensors")
+            (new / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        return folder
+
+
+def _check_linear(adapter: Adapter, base: LanguageModel) -> None:
+    """Refuse what is no affine function of the state that the base's head reads, and say why."""
+    others = sorted({*map(str, adapter.reads), str(adapter.layer)} - {str(base.num_layers)})
+    why = {f"{len(adapter.edits)} edits of earlier layers": adapter.edits, "a base that is edited itself": base.edits}
+    why |= {"random features": adapter.features and adapter.features.random}
+    why |= {f"an input other than the final state ({', '.join(others)[:80]})": others}
+    if found := " and ".join(reason for reason, there in why.items() if there):
+        instead = "fit(activations, 'rrr', metric='kl'), or for a ForeignExpert harvest(..., layers=[-1]), gives one"
+        raise ChassisError(f"this {adapter.method} adapter is no map of the head, it has {found}: {instead}")
+    adapter.check_base(base)
+
+
+@contextmanager
+def refusing(wrong: str, advice: str) -> Iterator[None]:
+    """Say in one line that something from outside cannot be used."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise ChassisError(f"{wrong} ({type(error).__name__}): {advice}") from error
+    except ChassisError as error:
+        raise ChassisError(f"{wrong} ({str(error)[:200]}): {advice}") from error
+
+
+def found(name: str | Path, revision: str | None = None) -> tuple[Path, Path]:
+    """A local folder, or a repository's files in the hub's cache; and the folder that they must not leave."""
+    folder = Path(name)
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
+        return folder, folder
+    with refusing(f"{name} is no folder, and the hub gave nothing", "check the id, the revision and the network"):
+        files = ["adapter.json", "adapter.safetensors"]
+        snapshot = Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
+    return snapshot, snapshot.parents[1]  # its files are links into the repository's part of the cache
 
 
 def licence(expert: Any) -> str | None:
@@ -38,15 +143,27 @@ def licence(expert: Any) -> str | None:
     with suppress(ChassisError, OSError, ValueError, TypeError, LookupError, YAMLError):
         folder = Path(located(model.name))
         card = folder / "README.md" if folder.is_dir() else try_to_load_from_cache(str(folder), "README.md")
-        return str(metadata_load(card)["license"])
+        return " ".join(str(metadata_load(card)["license"]).split())[:80]
     return "unknown"
 
 
-def _cell(value: Any) -> str:
-    """A value as one line of markdown that is only text, whatever is in it."""
-    if isinstance(value, float):
-        return "" if pd.isna(value) else f"{value:.5g}"
-    return re.sub(r"[^A-Za-z0-9 ]", lambda one: f"&#{ord(one[0])};", " ".join(str(value).split())[:200])
+def card(adapter: Adapter, figures: pd.DataFrame | None = None) -> str:
+    """Front matter, settings, and the rows of `evaluate` that are the adapter's or the identity's; ChassisError: none."""
+    name, told = adapter.base_name, str(adapter.info.get("licence") or "unknown")
+    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name, re.ASCII) and not Path(name).exists()
+    data = {"library_name": "chassis-utils", "tags": ["closed-form", "adapter"], "base_model": name if on_hub else None}
+    settings = {"method": adapter.method, "rank": adapter.rank, "numbers": adapter.num_parameters, "base": name}
+    settings |= {"reads": ", ".join(map(str, adapter.reads)), "edits": len(adapter.edits)} | adapter.info
+    title = f"# {_cell(adapter.method)} adapter of {_cell(name)}"
+    use = "```python\nAdapter.load(here, load(base))  # from chassis_utils; no code comes with it\n```"
+    parts = [title, use, "## Fit", _table([{"setting": k, "value": v} for k, v in settings.items()])]
+    if figures is not None:
+        rows = figures[[k for k in SHOWN if k in figures]].to_dict("records")
+        if not (own := [row for row in rows if (row["method"], row["rank"]) == (adapter.method, adapter.rank)]):
+            raise ChassisError(f"figures has no row of {adapter.method} at rank {adapter.rank}: evaluate this adapter")
+        parts += ["## Figures", _table([*(row for row in rows if row["method"] == "identity"), *own])]
+    front = ModelCardData(license=told, **data).to_yaml()
+    return f"---\n{front}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
@@ -54,144 +171,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def card(adapter: Adapter, figures: pd.DataFrame | None = None) -> str:
-    """The card of an adapter: front matter, settings, and the rows of `evaluate` that are its own or the identity's.
-
-    ChassisError where `figures` holds no row of this adapter.
-    """
-    told = {k: " ".join(str(adapter.info.get(k) or "").split())[:80] for k in ("licence", "expert")}
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", adapter.base_name, re.ASCII) and not Path(adapter.base_name).exists()
-    data = ModelCardData(
-        base_model=adapter.base_name if on_hub else None, library_name="chassis-utils", license=told["licence"] or None,
-        tags=["chassis", "closed-form", "adapter"],
-    )  # fmt: skip
-    title = f"# {_cell(adapter.method)}: {_cell(told['expert'] or 'an expert')} on {_cell(adapter.base_name)}"
-    use = "```python\nfrom chassis_utils import Adapter, load\n\nadapter = Adapter.load(here, load(base))\n```"
-    settings = {"method": adapter.method, "rank": adapter.rank, "numbers": adapter.num_parameters} | adapter.info
-    settings |= {"reads": ", ".join(map(str, adapter.reads)), "edits of earlier layers": len(adapter.edits)}
-    parts = [title, "A map beside a frozen model, solved in closed form. No code comes with it.", use, "## Fit"]
-    parts.append(_table([{"setting": key, "value": value} for key, value in settings.items()]))
-    if figures is not None:
-        rows = figures[[name for name in SHOWN if name in figures]].to_dict("records")
-        own = [row for row in rows if (row["method"], row["rank"]) == (adapter.method, adapter.rank)]
-        if not own:
-            raise ChassisError(f"figures has no row of {adapter.method} at rank {adapter.rank}: evaluate this adapter")
-        parts += ["## Figures", _table([*(row for row in rows if row["method"] == "identity"), *own])]
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
-
-
-@contextmanager
-def _hub(name: str) -> Iterator[None]:
-    """Say in one line what the hub did not do."""
-    try:
-        yield
-    except ChassisError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        wrong = f"{name}: the hub gave and took nothing ({type(error).__name__})"
-        raise ChassisError(f"{wrong}: check the id, the revision, the network and `hf auth login`") from error
-
-
-def found(name: str | Path, revision: str | None = None) -> tuple[Path, Path]:
-    """A local folder, or a repository's files in the hub's cache; and the folder that they must not leave."""
-    folder = Path(name)
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
-        return folder, folder
-    with _hub(str(name)):
-        files = ["adapter.json", "adapter.safetensors"]
-        snapshot = Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
-    return snapshot, snapshot.parents[1]  # its files are links into the repository's part of the cache
-
-
-def push(adapter: Adapter, repo_id: str, figures: pd.DataFrame | None, private: bool | None) -> str:
-    """See `Adapter.push`."""
-    with TemporaryDirectory() as folder, _hub(repo_id):
-        adapter.save(Path(folder) / "adapter", figures)
-        create_repo(repo_id, private=private, exist_ok=True)
-        return upload_folder(repo_id=repo_id, folder_path=Path(folder) / "adapter").oid
-
-
-def without_intercept(adapter: Adapter, activations: Activations) -> Adapter:
-    """See `Adapter.without_intercept`."""
-    _check_linear(adapter, activations.base)
-    x = activations.hidden[activations.final].cpu()
-    gram = Gram.of(x, x[:, :0])
-    gram.xx.diagonal().mul_(1 + 1e-9)  # states behind a LayerNorm span one dimension less
-    constant = torch.linalg.solve(gram.xx, gram.x).to(adapter.down)
-    # First, so that a cut keeps it.
-    down, up = torch.cat([constant[:, None], adapter.down], dim=1), torch.cat([adapter.bias[None], adapter.up])
-    return replace(adapter, down=down, up=up, bias=torch.zeros_like(adapter.bias), values=None)
-
-
-def _check_linear(adapter: Adapter, base: LanguageModel) -> None:
-    """Refuse what is no affine function of the state that the head of the base reads, and say why."""
-    others = sorted({*map(str, adapter.reads), str(adapter.layer)} - {str(base.num_layers)})
-    why = [f"{len(adapter.edits)} edits of earlier layers"] * bool(adapter.edits)
-    why += [f"an input other than the final state ({', '.join(others)[:80]})"] * bool(others)
-    why += ["random features"] * bool(adapter.features and adapter.features.random)
-    why += ["a base that is edited itself"] * bool(base.edits)
-    if why:
-        instead = "fit(activations, 'rrr', metric='kl'), or for a ForeignExpert harvest(..., layers=[-1]), gives one"
-        raise ChassisError(f"this {adapter.method} adapter is no map of the head: it has {' and '.join(why)}: {instead}")
-    adapter.check_base(base)
-
-
-def to_peft(adapter: Adapter, folder: str | Path, base: LanguageModel | None) -> Path:
-    """See `Adapter.to_peft`."""
-    base = load(adapter.base_name) if base is None else base
-    _check_linear(adapter, base)
-    if Path(folder).exists() and not (Path(folder) / "adapter_config.json").is_file():
-        raise ChassisError(f"{folder} exists and is no folder of peft: choose another name")
-    readout, head = base.readout, base.model.get_output_embeddings()
-    name = next(name for name, module in base.model.named_modules() if module is head)
-    weight = readout.weight.cpu().double().T
-    down, up, bias = (part.cpu().double() for part in (adapter.down, adapter.up, adapter.bias))
-    if adapter.space == "hidden":
-        up, bias = up @ weight, bias @ weight
-    elif adapter.columns is not None:
-        spread = torch.zeros(len(up) + 1, base.vocab_size, dtype=torch.float64)
-        up, bias = spread.index_copy_(1, adapter.columns.cpu(), torch.cat([up, bias[None]])).split([len(up), 1])
-    if adapter.onto == "nothing":
-        # In place of the base's logits is beside them, less them.
-        down, up = torch.eye(len(down), dtype=torch.float64), down @ up - weight
-        if adapter.space == "logits" and readout.bias is not None:
-            bias = bias - readout.bias.cpu()
-    rank = max(1, down.shape[1])  # of a bias alone too
-    scale, tensors = logit_scale(base.model), {"lora_A.weight": torch.zeros(rank, len(down))}
-    tensors |= {"lora_B.weight": torch.zeros(len(head.weight), rank), "lora_B.bias": torch.zeros(len(head.weight))}
-    tensors["lora_A.weight"][: down.shape[1]] = down.T
-    tensors["lora_B.weight"][: base.vocab_size, : down.shape[1]] = up.T / scale
-    tensors["lora_B.bias"][: base.vocab_size] = bias.reshape(-1) / scale
-    if not (intercept := bool(bias.any())):
-        del tensors["lora_B.bias"]
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base.name, "bias": "none"}
-    config |= {"r": rank, "lora_alpha": rank, "target_modules": [name], "lora_bias": intercept, "inference_mode": True}
-    with replacing(folder) as temporary:
-        temporary.mkdir(parents=True)
-        save_file({f"base_model.model.{name}.{k}": t for k, t in tensors.items()}, temporary / "adapter_model.safetensors")
-        (temporary / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    return Path(folder)
-
-
-def vllm_refuses(folder: str | Path, max_lora_rank: int = 16) -> list[str]:
-    """Why vLLM, started with `--max-lora-rank`, would not serve what `to_peft` wrote; empty if it would.
-
-    Source: its code of 2026: ranks in `vllm/config/lora.py` and `lora/peft_helper.py` (`validate_legal`), names of
-    tensors in `lora/utils.py` (`parse_fine_tuned_lora_name` knows no bias), heads as `embedding_modules` of its models
-    (`lm_head`), rows of the head in `lora/layers/logits_processor.py`. One model more: the base must be one of its
-    `SupportsLoRA` whose head is among those.
-    """
-    config = json.loads((Path(folder) / "adapter_config.json").read_text())
-    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
-        rows = {name: file.get_slice(name).get_shape()[0] for name in file.keys()}
-    most, why = max(rows.values()), []
-    if config["r"] > max_lora_rank:
-        way = f"start it with more, at most {MOST_RANK}" if config["r"] <= MOST_RANK else "cut it with at_rank"
-        why.append(f"rank {config['r']} is above max_lora_rank {max_lora_rank}: {way}")
-    if any(name.endswith(".bias") for name in rows):
-        why.append("it has an intercept, a tensor that vLLM does not know: export adapter.without_intercept(activations)")
-    if [name for name in config["target_modules"] if name.split(".")[-1] != "lm_head"]:
-        why.append(f"it changes {config['target_modules'][0]}, and vLLM knows a head as lm_head: merge it instead")
-    if most > MOST_ROWS:
-        why.append(f"the head has {most:,} rows, vLLM adapts at most {MOST_ROWS:,}: merge it instead")
-    return why
+def _cell(value: Any) -> str:
+    """A value as one line of markdown that is text and nothing else, whatever is in it."""
+    if isinstance(value, float):
+        return "" if pd.isna(value) else f"{value:.5g}"
+    return re.sub(r"[^A-Za-z0-9 ]", lambda one: f"&#{ord(one[0])};", " ".join(str(value).split())[:200])

@@ -223,7 +223,7 @@ def test_an_adapter_comes_back_equal(
         else:
             assert getattr(back, name) == value
     assert torch.equal(back.logits(base, activations.hidden), adapter.logits(base, activations.hidden))
-    assert sorted(p.name for p in folder.iterdir()) == ["adapter.json", "adapter.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "adapter.json", "adapter.safetensors"]
     assert [p.name for p in folder.parent.iterdir()] == ["adapter"]
 
 
