@@ -96,13 +96,15 @@ class Exchange:
         config |= {"lora_bias": "lora_B.bias" in tensors}
         with replacing(folder) as new:
             new.mkdir(parents=True)
-            save_file({f"base_model.model.{name}.{k}": t for k, t in tensors.items()}, new / "adapter_model.safetensors")
+            tensors = {f"base_model.model.{name}.{part}": tensor for part, tensor in tensors.items()}
+            save_file(tensors, new / "adapter_model.safetensors")
             (new / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
         return folder
 
 
 def _check_linear(adapter: Adapter, base: LanguageModel) -> None:
     """Refuse what is no affine function of the state that the base's head reads, and say why."""
+    adapter.check_base(base)
     others = sorted({*map(str, adapter.reads), str(adapter.layer)} - {str(base.num_layers)})
     why = {f"{len(adapter.edits)} edits of earlier layers": adapter.edits, "a base that is edited itself": base.edits}
     why |= {"random features": adapter.features and adapter.features.random}
@@ -110,7 +112,6 @@ def _check_linear(adapter: Adapter, base: LanguageModel) -> None:
     if found := " and ".join(reason for reason, there in why.items() if there):
         instead = "fit(activations, 'rrr', metric='kl'), or for a ForeignExpert harvest(..., layers=[-1]), gives one"
         raise ChassisError(f"this {adapter.method} adapter is no map of the head, it has {found}: {instead}")
-    adapter.check_base(base)
 
 
 @contextmanager
@@ -148,7 +149,7 @@ def licence(expert: Any) -> str | None:
 
 
 def card(adapter: Adapter, figures: pd.DataFrame | None = None) -> str:
-    """Front matter, settings, and the rows of `evaluate` that are the adapter's or the identity's; ChassisError: none."""
+    """Front matter, settings, and of `evaluate` the adapter's and the identity's rows; ChassisError: there are none."""
     name, told = adapter.base_name, str(adapter.info.get("licence") or "unknown")
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name, re.ASCII) and not Path(name).exists()
     data = {"library_name": "chassis-utils", "tags": ["closed-form", "adapter"], "base_model": name if on_hub else None}
