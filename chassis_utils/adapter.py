@@ -201,13 +201,14 @@ class Adapter(Exchange):
         parts: list[dict[str, Any]] = [{}, *({} for _ in plain["edits"])]
         with safe_open(path, "pt") as file:
             for name in file.keys():
-                (number, own), part = _NAME.fullmatch(name).groups(), file.get_slice(name)
-                if part.get_dtype() != ("I64" if own in ("columns", "fitted_on") else "F32"):
-                    raise ChassisError(f"{own} of type {part.get_dtype()}")
+                known, part = _NAME.fullmatch(name), file.get_slice(name)
+                if not known or part.get_dtype() != ("I64" if known[2] in ("columns", "fitted_on") else "F32"):
+                    raise ChassisError(f"a tensor {name!a:.60} of type {part.get_dtype()}, which no adapter has")
                 tensor = torch.empty(part.get_shape(), device="meta") if shapes else file.get_tensor(name)
-                parts[int(number or -1) + 1][own] = tensor
+                parts[int(known[1] or -1) + 1][known[2]] = tensor
         for tensors, own in zip(parts, (plain, *plain["edits"]), strict=True):
             good = own.keys() == _KINDS.keys() and all(isinstance(own[k], kind) for k, kind in _KINDS.items())
+            good = good and all(str(v).isprintable() and (not isinstance(v, str) or len(v) < 999) for v in own.values())
             if not good or tensors["down"].shape[-1] != own["rank"] or (own is not plain and own["edits"]):
                 raise ChassisError("settings missing, unknown or of another kind")
             fitted = tensors.pop("fitted_on", torch.empty(0))
@@ -250,7 +251,7 @@ class Adapter(Exchange):
         made = {"tokenizer": self.info.get("tokenizer_hash"), "body": self.info.get("base_revision")}
         for part, ours in ({"head": self.head_hash} | made).items():
             if ours is not None and ours not in here[part]:
-                both = f"{self.base_name} ({part} {ours!s:.32}), not for {base.name} ({part} {here[part][-1]})"
+                both = f"{self.base_name} ({part} {ours!a:.32}), not for {base.name} ({part} {here[part][-1]})"
                 raise ChassisError(f"this adapter was made for {both}: fit one for this base")
         if self.columns is not None and not self.columns.is_meta and (self.columns >= base.vocab_size).any():
             raise ChassisError(f"this adapter corrects tokens that {base.name} has not: fit one for this base")
@@ -266,7 +267,7 @@ def _settings(folder: Path, root: Path) -> tuple[dict, Path]:
     plain = json.loads(paths[0].read_bytes())
     json.dumps(plain, allow_nan=False)  # raises on NaN and infinity, however they were written
     if (known := plain.pop("format")) != FORMAT:
-        raise ChassisError(f"adapter format {known}, this version reads {FORMAT}")
+        raise ChassisError(f"adapter format {known!a:.32}, this version reads {FORMAT}")
     with paths[1].open("rb") as file:
         if int.from_bytes(file.read(8), "little") > MOST_JSON:
             raise ChassisError(f"tensors with no header, or one of more than {MOST_JSON:,} bytes")
