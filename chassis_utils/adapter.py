@@ -238,11 +238,10 @@ class Adapter(Exchange):
         widths = dict(zip(places, Features(places).sizes(base), strict=True))
         for one in parts:
             p = sum(widths[place] for place in one.reads) + (one.features.random if one.features else 0)
-            m = base.hidden_size if one.space == "hidden" else base.vocab_size
-            wanted = [p, m if one is self else widths[one.changes]]
-            there = [len(one.down), len(one.bias)]
-            if there != wanted and not (one.columns is not None and there[0] == p and there[1] <= m):
-                raise ChassisError(f"a map of sizes {there}, where {base.name} has {wanted}: fit one for this base")
+            head = base.hidden_size if one.space == "hidden" else base.vocab_size
+            m = widths[one.changes] if one is not self else head if one.columns is None else min(head, len(one.bias))
+            if (there := [len(one.down), len(one.bias)]) != [p, m]:
+                raise ChassisError(f"a map of sizes {there}, where {base.name} has {[p, m]}: fit one for this base")
 
     def check_base(self, base: LanguageModel) -> Adapter:
         """Itself, if made for this base: head and, where known, tokenizer and body; else ChassisError, naming both."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .activations import Activations
     from .adapter import Adapter
 
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 SHOWN = "method rank split probes n kl kl_low kl_high recovered top1_agreement bits_per_byte".split()
 
 
@@ -55,7 +56,7 @@ class Exchange:
         _check_linear(self, activations.base)
         x = activations.hidden[activations.final].cpu()
         gram = Gram.of(x, x[:, :0])
-        gram.xx.diagonal().mul_(1 + 1e-9)  # states behind a LayerNorm span one dimension less
+        gram.xx.diagonal().mul_(1 + 1e-9).add_(1e-30)  # states behind a LayerNorm span one dimension less
         constant = torch.linalg.solve(gram.xx, gram.x).to(self.down)
         # First, so that a cut keeps it.
         down, up = torch.cat([constant[:, None], self.down], dim=1), torch.cat([self.bias[None], self.up])
@@ -93,7 +94,7 @@ class Exchange:
         tensors |= {"lora_B.bias": rows[:, -1].clone()} if rows[:, -1].any() else {}
         config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base.name, "bias": "none"}
         config |= {"r": down.shape[1], "lora_alpha": down.shape[1], "target_modules": [name], "inference_mode": True}
-        config |= {"lora_bias": "lora_B.bias" in tensors}
+        config["lora_bias"] = "lora_B.bias" in tensors
         with replacing(folder) as new:
             new.mkdir(parents=True)
             tensors = {f"base_model.model.{name}.{part}": tensor for part, tensor in tensors.items()}
@@ -105,13 +106,13 @@ class Exchange:
 def _check_linear(adapter: Adapter, base: LanguageModel) -> None:
     """Refuse what is no affine function of the state that the base's head reads, and say why."""
     adapter.check_base(base)
-    others = sorted({*map(str, adapter.reads), str(adapter.layer)} - {str(base.num_layers)})
+    others = ", ".join(sorted({*map(str, adapter.reads), str(adapter.layer)} - {str(base.num_layers)}))
     why = {f"{len(adapter.edits)} edits of earlier layers": adapter.edits, "a base that is edited itself": base.edits}
+    why |= {f"inputs beside the final state ({others:.80})": others}
     why |= {"random features": adapter.features and adapter.features.random}
-    why |= {f"an input other than the final state ({', '.join(others)[:80]})": others}
-    if found := " and ".join(reason for reason, there in why.items() if there):
+    if has := " and ".join(reason for reason, there in why.items() if there):
         instead = "fit(activations, 'rrr', metric='kl'), or for a ForeignExpert harvest(..., layers=[-1]), gives one"
-        raise ChassisError(f"this {adapter.method} adapter is no map of the head, it has {found}: {instead}")
+        raise ChassisError(f"this {adapter.method} adapter is no map of the head, it has {has}: {instead}")
 
 
 @contextmanager
@@ -122,13 +123,13 @@ def refusing(wrong: str, advice: str) -> Iterator[None]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ChassisError(f"{wrong} ({type(error).__name__}): {advice}") from error
     except ChassisError as error:
-        raise ChassisError(f"{wrong} ({str(error)[:200]}): {advice}") from error
+        raise ChassisError(f"{wrong} ({error!s:.200}): {advice}") from error
 
 
 def found(name: str | Path, revision: str | None = None) -> tuple[Path, Path]:
     """A local folder, or a repository's files in the hub's cache; and the folder that they must not leave."""
     folder = Path(name)
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
+    if folder.exists() or not re.fullmatch(_REPOSITORY, str(name)):
         return folder, folder
     with refusing(f"{name} is no folder, and the hub gave nothing", "check the id, the revision and the network"):
         files = ["adapter.json", "adapter.safetensors"]
@@ -151,20 +152,19 @@ def licence(expert: Any) -> str | None:
 def card(adapter: Adapter, figures: pd.DataFrame | None = None) -> str:
     """Front matter, settings, and of `evaluate` the adapter's and the identity's rows; ChassisError: there are none."""
     name, told = adapter.base_name, str(adapter.info.get("licence") or "unknown")
-    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name, re.ASCII) and not Path(name).exists()
-    data = {"library_name": "chassis-utils", "tags": ["closed-form", "adapter"], "base_model": name if on_hub else None}
+    on_hub = re.fullmatch(_REPOSITORY, name) and not Path(name).exists()
+    data = {"library_name": "chassis-utils", "tags": ["closed-form", "adapter"], "license": told}
+    front = ModelCardData(base_model=name if on_hub else None, **data).to_yaml()
     settings = {"method": adapter.method, "rank": adapter.rank, "numbers": adapter.num_parameters, "base": name}
     settings |= {"reads": ", ".join(map(str, adapter.reads)), "edits": len(adapter.edits)} | adapter.info
-    title = f"# {_cell(adapter.method)} adapter of {_cell(name)}"
-    use = "```python\nAdapter.load(here, load(base))  # from chassis_utils; no code comes with it\n```"
-    parts = [title, use, "## Fit", _table([{"setting": k, "value": v} for k, v in settings.items()])]
+    parts = {"method": _cell(adapter.method), "base": _cell(name), "front": front}
+    parts |= {"settings": _table([{"setting": k, "value": v} for k, v in settings.items()]), "figures": "None yet."}
     if figures is not None:
         rows = figures[[k for k in SHOWN if k in figures]].to_dict("records")
         if not (own := [row for row in rows if (row["method"], row["rank"]) == (adapter.method, adapter.rank)]):
             raise ChassisError(f"figures has no row of {adapter.method} at rank {adapter.rank}: evaluate this adapter")
-        parts += ["## Figures", _table([*(row for row in rows if row["method"] == "identity"), *own])]
-    front = ModelCardData(license=told, **data).to_yaml()
-    return f"---\n{front}\n---\n\n" + "\n\n".join(parts) + "\n"
+        parts["figures"] = _table([*(row for row in rows if row["method"] == "identity"), *own])
+    return Path(__file__).with_name("card.md").read_text(encoding="utf-8").format(**parts)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -180,7 +180,7 @@ def test_what_is_no_map_of_the_head_says_why(activations: Activations, base: Lan
         "earlier layers": replace(final, edits=(edit,)),
         "(1)": fit(activations, "rrr", 2, layer=1),
         "random features": fit(activations, "rrr", 2, features=Features((3,), random=5)),
-        "other than the final state": fit(activations, "rrr", 2, features=whole),
+        "beside the final state": fit(activations, "rrr", 2, features=whole),
     }
     for words, adapter in wrong.items():
         with refused(words, "rrr", "harvest"):
