@@ -68,6 +68,7 @@ def test_peft_gives_the_same_logits_on_a_base_loaded_anew(pair: Activations, tmp
     for name, one in (("whole", adapter), ("bare", adapter.without_intercept(pair)), ("cut", adapter.at_rank(3))):
         folder = one.to_peft(tmp_path / name, base)
         close(logits(PeftModel.from_pretrained(fresh(base), folder), base), ours(base, one))
+        assert (ours(base, one) - ours(base, Adapter.identity(base))).abs().max() > 0.1, "it does something"
         config = json.loads((folder / "adapter_config.json").read_text())
         # A lens stands in place of the head and its bias, so that its map is as wide as the state.
         assert config["lora_bias"] == (name != "bare" or (kind == "lens" and base.readout.bias is not None))
