@@ -10,7 +10,6 @@ from .experts import HiddenExpert as HiddenExpert
 from .features import Features as Features
 from .foreign import ForeignExpert as ForeignExpert
 from .metrics import evaluate as evaluate
-from .metrics import interval as interval
 from .models import LanguageModel as LanguageModel
 from .models import bundled as bundled
 from .models import load as load
@@ -18,8 +17,6 @@ from .port import Port as Port
 from .probes import Probes as Probes
 from .probes import passages as passages
 from .probes import probe_set as probe_set
-from .records import Records as Records
-from .records import read_records as read_records
 from .router import Router as Router
 from .solve import Gram as Gram
 from .solve import ridge as ridge

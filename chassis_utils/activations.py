@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 
 from .errors import ChassisError
 from .experts import HiddenExpert
+from .files import made, replacing
 from .foreign import ForeignExpert
 from .models import LanguageModel, Place
 from .probes import Probes
-from .records import made, replacing
 
 Expert = LanguageModel | HiddenExpert | ForeignExpert
 

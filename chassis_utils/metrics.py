@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from scipy.stats import sem, t
+from scipy.stats import t
 
 from .activations import Activations, Expert, harvest
 from .adapter import Adapter
@@ -27,14 +27,6 @@ def kl(expert_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         p, q = (part.double().log_softmax(-1) for part in pair)
         found.append((p.exp() * (p - q)).sum(-1))
     return torch.cat(found)
-
-
-def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Mean and the bounds of its t-interval, over seeds: two at least, or ChassisError, as one tells of no spread."""
-    if len(values) < 2:
-        raise ChassisError(f"an interval over {len(values)} seed: measure at least two")
-    mean, reach = math.fsum(values) / len(values), float(t.ppf(0.5 + level / 2, len(values) - 1) * sem(values))
-    return mean, mean - reach, mean + reach
 
 
 def ratio_bounds(share: torch.Tensor, of: torch.Tensor) -> tuple[float, float]:

@@ -51,6 +51,7 @@ class Readout:
     weight: torch.Tensor  #: `(vocab, hidden)`, float32, already multiplied by the scale
     bias: torch.Tensor | None = None  #: `(vocab,)`, or None
     softcap: float | None = None  #: Gemma-style cap: logits become `cap * tanh(logits / cap)`
+    scale: float = 1.0  #: In weight and bias already: what the model multiplies its head's own output with
 
     @property
     def vocab_size(self) -> int:
@@ -296,16 +297,12 @@ def _readout(model: PreTrainedModel, tokens: int) -> Readout:
     head = model.get_output_embeddings()
     if not isinstance(getattr(head, "weight", None), torch.Tensor):
         raise ChassisError(f"{type(model).__name__} has no linear head to read logits with")
-    config, scale = model.config.get_text_config(), logit_scale(model)
+    config = model.config.get_text_config()
+    # Cohere multiplies its logits, Granite divides them.
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     parts = (head.weight, getattr(head, "bias", None))
     weight, bias = (None if part is None else part[:tokens].detach().float() * scale for part in parts)
-    return Readout(weight, bias, getattr(config, "final_logit_softcapping", None))
-
-
-def logit_scale(model: PreTrainedModel) -> float:
-    """What the model multiplies its head's output with: Cohere multiplies its logits, Granite divides them."""
-    config = model.config.get_text_config()
-    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return Readout(weight, bias, getattr(config, "final_logit_softcapping", None), scale)
 
 
 def tensor_hash(*tensors: torch.Tensor | None) -> str:
@@ -316,7 +313,7 @@ def tensor_hash(*tensors: torch.Tensor | None) -> str:
     return digest.hexdigest()[:16]
 
 
-def _source(name: str) -> str:
+def located(name: str) -> str:
     """Folder or hub id of a name, or one clear line."""
     if name in bundled():
         return str(POCKET / name)
@@ -344,7 +341,7 @@ def load(
     float32 on CPU and the model's own on a GPU unless given. `trust_remote_code` runs code that comes with the model.
     ChassisError: unknown name, hub out of reach, tokenizer or weights missing, or a head that is not understood.
     """
-    source = _source(str(name))
+    source = located(str(name))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from .adapter import Adapter
 from .api import ApiExpert
 from .bridge import Bridge
 from .errors import ChassisError
-from .models import LanguageModel, Place, logit_scale
+from .models import LanguageModel, Place
 from .router import Router
 
 Live = LanguageModel | Bridge | ApiExpert  #: An expert that runs beside the base and is asked at every token
@@ -92,9 +91,6 @@ class Port:
             plug = Adapter.load(plug, base)
         if isinstance(plug, Adapter):
             plug = plug.check_base(base).to(base.device)
-            if (made := plug.info.get("base_revision", base.revision)) != base.revision:
-                those = f"{plug.base_name} (revision {made}), not for {base.name} (revision {base.revision})"
-                raise ChassisError(f"'{name}' was made for {those}: fit one for this base")
             if plug.onto != "final" and (plug.onto not in ("layer", "normed") or plug.layer != base.num_layers):
                 why = f"it is added to '{plug.onto}' of layer {plug.layer}, in place of the base's final state"
                 raise ChassisError(f"'{name}' cannot be plugged in, {why}: fit it at layer -1")
@@ -172,7 +168,7 @@ class Port:
         self._hooks.close()
         if not (active := self._active(Adapter)):
             return
-        base, final, scale = self.base, self.base.num_layers, logit_scale(self.base.model)
+        base, final, scale = self.base, self.base.num_layers, self.base.readout.scale
         edits = [_Weighted(edit, one.weight) for one in active for edit in one.edits]
         places = {place for one in active for place in one.reads} - {final}
         seen = self._hooks.enter_context(self._twin.edited(*edits).on_the_way([*places], final))
@@ -288,12 +284,11 @@ class Port:
             end.left = True
             thread.join()
 
-    def report(self, prompt: str | None = None, tokens: int = 32) -> pd.DataFrame:
-        """One row a plug, the bare base first: what it is, and with a prompt what it costs.
+    def report(self) -> pd.DataFrame:
+        """One row a plug, the bare base first: what it is, and how much it counts.
 
         Columns `plug, kind, method, rank, parameters, edits, strength, weight, expert, held_out_kl` (nats; as the fit
-        measured it) and, with `prompt`, `milliseconds` a token and `overhead`, the share more than the bare base: the
-        fastest of three greedy texts of `tokens` tokens, in turn. What was in use is in use again after.
+        measured it).
         """
         rows = [{"plug": None, "kind": "base", "expert": self.base.name, "weight": float(not self._weights)}]
         for name, plug in self.plugs.items():
@@ -305,18 +300,6 @@ class Port:
                 own = plug.expert if isinstance(plug, Bridge) else plug
                 row |= {"kind": "live", "method": type(plug).__name__, "expert": getattr(own, "name", None)}
             rows.append(row)
-        if prompt is not None:
-            before, fastest = self.in_use, [math.inf] * len(rows)
-            try:
-                for i in [*range(len(rows))] * 3:
-                    self.use(rows[i]["plug"])
-                    start = time.perf_counter()
-                    self.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens)
-                    fastest[i] = min(fastest[i], 1000 * (time.perf_counter() - start) / tokens)
-            finally:
-                self.use(before or None)
-            for row, own in zip(rows, fastest, strict=True):
-                row |= {"milliseconds": own, "overhead": own / fastest[0] - 1}
         return pd.DataFrame(rows)
 
 

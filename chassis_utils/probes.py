@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 
 from .errors import ChassisError
-from .records import SPLITS
 
 TEXTS = Path(__file__).parent / "texts"
+SPLITS = ("train", "val", "test", "template", "text")
 
 #: Numbers of each split of the numbered templates: they begin where the study's do, and `test` has no end.
 NUMBERS = {"train": range(5000), "val": range(5000, 8000), "test": range(8000, 10**9)}

@@ -20,7 +20,8 @@ import yaml
 
 import chassis_utils
 from chassis_utils import ChassisError
-from chassis_utils.records import forget, locked, made
+from chassis_utils.files import locked, made
+from records import forget
 
 PARAMETERS = ("base", "expert", "n_train", "ranks", "layers", "seed", "device", "out_dir")
 _PROFILES = Path("notebooks", "profiles.yml")

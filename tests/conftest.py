@@ -13,9 +13,9 @@ import torch
 import transformers as tf
 
 from chassis_utils import Activations, ChassisError, LanguageModel, Probes, harvest, load
-from chassis_utils.records import _NAMES, _missing
 from plugs import SyntheticExpert
 from pocket_recipe import llama_tokenizer
+from records import _NAMES, _missing
 
 VOCAB = 400
 WORDS = [

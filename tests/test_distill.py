@@ -208,7 +208,7 @@ def test_v2_comes_back_from_its_folder(solved: tuple[Activations, Adapter], tmp_
     assert back.revision == v2.revision and back.num_parameters == v2.num_parameters
     tables = [evaluate(a.base, a.expert, one, probe_set("verse", "val", 2), positions="all") for one in (v2, back)]
     assert tables[0]["kl"].tolist() == tables[1]["kl"].tolist()
-    assert [p.name for p in sorted((tmp_path / "v2").iterdir())] == ["adapter.json", "adapter.safetensors"]
+    assert [p.name for p in sorted((tmp_path / "v2").iterdir())] == ["README.md", "adapter.json", "adapter.safetensors"]
 
 
 def test_v2_does_not_care_for_the_order_of_prompts_beyond_which_are_held_out(

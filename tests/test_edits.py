@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, make, refused
 
+from alignment import into_hidden
 from chassis_utils import Activations, Adapter, LanguageModel, Probes, evaluate, fit, harvest, load
 from chassis_utils import activations as module
 from chassis_utils.metrics import kl
@@ -117,17 +118,17 @@ def test_a_synthetic_expert_is_a_function_of_the_bare_base(
 def test_logits_become_states_by_least_squares(activations: Activations, synthetic: SyntheticExpert) -> None:
     a = activations.against(synthetic)
     rrr = fit(a, "rrr")
-    table = evaluate(a.base, synthetic, [rrr, rrr.into_hidden(a.base)], a)
+    table = evaluate(a.base, synthetic, [rrr, into_hidden(rrr, a.base)], a)
     # The synthetic expert's change of logits is the image of a change of state: nothing is lost.
     assert table["recovered"].iloc[1:].min() > 0.999
     v1 = fit(a, "v1", 3, top_k=50)
-    turned = v1.into_hidden(a.base, "transpose")
+    turned = into_hidden(v1, a.base, "transpose")
     wanted = v1.delta(a.hidden[3]) @ a.base.readout.weight[v1.columns]
     torch.testing.assert_close(turned.delta(a.hidden[3]), wanted, atol=1e-4, rtol=1e-3)
     with refused("inverse", "pseudo"):
-        v1.into_hidden(a.base, "inverse")
+        into_hidden(v1, a.base, "inverse")
     with refused("hidden"):
-        turned.into_hidden(a.base)
+        into_hidden(turned, a.base)
 
 
 def test_a_part_of_the_prompts_and_another_expert_need_no_pass(
