@@ -20,14 +20,15 @@ from chassis_utils.activations import batched
 from chassis_utils.metrics import BLOCK, ratio_bounds
 from interventions import _told
 from likeliest import following
-from plots import GREY, PALETTE, _buttons, _dropdowns, _figures, _finish, _numbers
+from plots import GREY, PALETTE, _dropdowns, _figures, _finish, _numbers
+from records import Records
 
 Document = Sequence[tuple[str, str]]  #: Parts of one text in order: side (whose text it is), and the text
 Weights = Mapping[str, float]  #: By side; one without a plug is the bare base's
 LENGTHS = (4, 8, 16, 32, 64)
 
 
-def alternating(sides: Mapping[str, Probes], parts: int = 4) -> list[Document]:
+def alternating(sides: Mapping[str, Probes], parts: int = 3) -> list[Document]:
     """Documents of so many parts, a passage each, of the sides in turn; every other one begins with the other side."""
     turns = {side: iter(probes.prompts) for side, probes in sides.items()}
     orders = [[*sides], [*sides][::-1]]
@@ -89,28 +90,32 @@ def told(
         here, following = pd.concat([rows[n] for n in numbers]), given.cpu()[:, 1:][own][:, None]
         bare = said(base.model) if experts else None
         theirs = {side: bare if one is base else said(one.model) for side, one in experts.items()}
-
-        def row(name: str, live: bool, ours: torch.Tensor, here=here, following=following, theirs=theirs, **more: torch.Tensor):
-            columns = {"nats": -ours.gather(1, following)[:, 0]} | more
-            columns |= {f"kl_{side}": _kl(expert, ours) for side, expert in theirs.items()}
-            frames.append(here.assign(choice=name, live=live, **{k: t.double().numpy() for k, t in columns.items()}))
-
+        shares = {side: one.exp() for side, one in theirs.items()}
         for name, weights in choices.items():
-            port.use({side: weight for side, weight in weights.items() if side in port.plugs and weight} or None)
-            ours, more = said(port.model), {}
+            use(port, weights)
+            both, apart = {False: said(port.model)}, {}
             if experts:
                 mixed = bare + sum(weight * (theirs[side] - bare) for side, weight in weights.items())
-                mixed = mixed.log_softmax(-1) if weights else bare
-                more = {"kl_mixture": _kl(mixed, ours), "kl_bare": _kl(mixed, bare)}
-                row(name, True, mixed)
-            row(name, False, ours, **more)
+                both[True] = mixed = mixed.log_softmax(-1)
+                apart = {"kl_mixture": both[False], "kl_bare": bare}
+                apart = {column: _kl(mixed.exp(), mixed, one) for column, one in apart.items()}
+            for live, ours in both.items():
+                columns = {"nats": -ours.gather(1, following)[:, 0]} | ({} if live else apart)
+                columns |= {f"kl_{side}": _kl(shares[side], one, ours) for side, one in theirs.items()}
+                columns = {column: values.double().numpy() for column, values in columns.items()}
+                frames.append(here.assign(choice=name, live=live, **columns))
     port.use(None)
     return pd.concat(frames, ignore_index=True)
 
 
-def _kl(expert: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
-    """KL of each row from log probabilities `(n, vocab)`, nats."""
-    return (expert.exp() * (expert - ours)).sum(-1, dtype=torch.float64).clamp(min=0)
+def use(port: Port, weights: Weights) -> None:
+    """Use the plugs of some sides; a side without one, or without weight, is the bare base's."""
+    port.use({side: weight for side, weight in weights.items() if side in port.plugs and weight} or None)
+
+
+def _kl(share: torch.Tensor, expert: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+    """KL of each row, nats, from probabilities `(n, vocab)` and the log probabilities of both."""
+    return torch.linalg.vecdot(share, expert - ours).clamp(min=0)
 
 
 def bits(frame: pd.DataFrame) -> float:
@@ -130,18 +135,53 @@ def summary(frame: pd.DataFrame, bare: str) -> pd.DataFrame:
         same = {"choice": choice, "live": live, "side": side, "n": len(some), "bits_per_byte": bits(some)}
         for column in [c for c in frame if c.startswith("kl_") and c != "kl_bare" and some[c].notna().all()]:
             of = some["kl_bare"] if column == "kl_mixture" else own[column]
-            sums = [torch.tensor(one.groupby(own["document"].to_numpy()).sum().to_numpy()) for one in (some[column], of)]
-            sizes = torch.tensor(own.groupby("document").size().to_numpy())
+            sums = [_by_document(own, one) for one in (some[column], of)]
+            sizes = _by_document(own, own["bytes"] * 0 + 1)
             (low, high), (worst, best) = ratio_bounds(sums[0], sizes), ratio_bounds(*sums)
             shares = {"recovered": 1 - float(sums[0].sum() / sums[1].sum())}
             shares |= {"recovered_low": 1 - best, "recovered_high": 1 - worst}
             kl = {"kl": float(sums[0].sum() / sizes.sum()), "kl_low": low, "kl_high": high}
-            rows.append(same | {"to": column.removeprefix("kl_"), "identity": float(of.mean())} | kl | shares)
+            least, most = ratio_bounds(sums[1], sizes)
+            bare_kl = {"identity": float(of.mean()), "identity_low": least, "identity_high": most}
+            rows.append(same | {"to": column.removeprefix("kl_")} | bare_kl | kl | shares)
     return pd.DataFrame(rows)
 
 
+def _by_document(frame: pd.DataFrame, values: pd.Series) -> torch.Tensor:
+    """Sums of values, in the order of the frame's rows, over its documents."""
+    return torch.tensor(values.groupby(frame["document"].to_numpy()).sum().to_numpy(), dtype=torch.float64)
+
+
+def beside(frame: pd.DataFrame, other: pd.DataFrame) -> dict[str, float]:
+    """Bits of rows of `told` over those of another choice for the same tokens, with 95% over documents."""
+    own, theirs = (_by_document(some, some["nats"]) for some in (frame, other))
+    low, high = ratio_bounds(own, theirs)
+    return {"value": float(own.sum() / theirs.sum()), "low": low, "high": high}
+
+
+def record(records: Records, table: pd.DataFrame, texts: Mapping[str, str], names: Mapping[str, str]) -> None:
+    """Record a `summary` whose choices are weights of the first side: `texts` and experts' `names` are by side."""
+    first, second = names
+    for row in table.to_dict("records"):
+        alpha, mixture = row["choice"], row["to"] == "mixture"
+        if alpha == "base" and (row["live"] or mixture) or mixture and alpha in ("0.0", "1.0"):
+            continue  # the base again; an expert alone, under its own name already
+        method = {"0.0": f"plug_{second}", "1.0": f"plug_{first}", "base": "identity"}.get(alpha, f"mixed_{alpha}")
+        method = f"live_{alpha}" if row["live"] else method
+        expert = f"{alpha} {names[first]} + {1 - float(alpha):.1f} {names[second]}" if mixture else names[row["to"]]
+        same = {"expert": expert, "probes": texts[row["side"]], "split": "text", "n": row["n"]}
+        for metric in ("kl", "recovered") if alpha != "base" and row["identity"] > 1e-9 else ("kl",):
+            ends = {end: row[f"{metric}_{end}"] for end in ("low", "high")}
+            records.add(metric=metric, value=row[metric], method=method, **same, **ends)
+        if mixture:
+            records.add(metric="kl", value=row["identity"], method="identity", **same, low=row["identity_low"],
+                        high=row["identity_high"])  # fmt: skip
+        if row["to"] == row["side"]:
+            records.add(metric="bits_per_byte", value=row["bits_per_byte"], method=method, **same)
+
+
 def routed(
-    frame: pd.DataFrame, router: Router, documents: Sequence[Document], window: int, every: int = 8, fresh: bool = False
+    frame: pd.DataFrame, router: Router, documents: Sequence[Document], window: int, fresh: bool, every: int = 8
 ) -> pd.DataFrame:  # fmt: skip
     """Of the rows of `told`, at each token those of the plug that the router chooses; `base` where it chooses none.
 
@@ -156,10 +196,30 @@ def routed(
     texts = [text.rpartition("\n\n")[2] if fresh else text for text in texts]
     asked = [*dict.fromkeys(text for text in texts if text.strip())]
     choice = dict(zip(asked, router(asked)["choice"], strict=True))
-    chosen = [(number, start // every, choice.get(text) or "base") for (number, start), text in zip(starts, texts, strict=True)]
-    chosen = pd.DataFrame(chosen, columns=["document", "block", "choice"])
-    found = frame[~frame["live"]].assign(block=frame["token"] // every).merge(chosen, on=["document", "block", "choice"])
+    chosen = pd.DataFrame(starts, columns=["document", "token"])
+    chosen = chosen.assign(block=chosen.pop("token") // every, choice=[choice.get(text) or "base" for text in texts])
+    found = frame[~frame["live"]].assign(block=frame["token"] // every).merge(chosen)
     return found.assign(went=found["choice"], choice="routed").sort_values(["document", "token"], ignore_index=True)
+
+
+def company(
+    frame: pd.DataFrame, router: Router, documents: Sequence[Document], window: int, fresh: bool
+) -> pd.DataFrame:  # fmt: skip
+    """The rows of `told` and those `routed`, and as `oracle` those of the plug whose text it is; all by `went`."""
+    frame = frame.assign(went=frame["choice"])
+    own = frame["side"].where(frame["side"].isin(frame["choice"].unique()), "base")
+    oracle = frame[frame["choice"] == own].assign(choice="oracle")
+    return pd.concat([frame, routed(frame, router, documents, window, fresh), oracle], ignore_index=True)
+
+
+def agents(frame: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
+    """Bits per byte by whose part it is, for those of `company` that `names` lists, and how often a route is right."""
+    rows = []
+    for choice, name in names.items():
+        some = frame[frame["choice"] == choice]
+        row = {"in use": name, "all": bits(some)} | {side: bits(own) for side, own in some.groupby("side", sort=False)}
+        rows.append(row | {"right": (some["went"] == some["side"]).mean() if choice == "routed" else math.nan})
+    return pd.DataFrame(rows)
 
 
 def by_length(router: Router, sets: Mapping[str, tuple[str | None, Probes]]) -> pd.DataFrame:
@@ -176,13 +236,14 @@ def by_length(router: Router, sets: Mapping[str, tuple[str | None, Probes]]) -> 
 
 
 def likely(
-    port: Port, experts: Mapping[str, LanguageModel], prompts: Sequence[str], choices: Mapping[str, Weights], n: int = 10
+    port: Port, experts: Mapping[str, LanguageModel], prompts: Sequence[str], choices: Mapping[str, Weights],
+    n: int = 10,
 ) -> pd.DataFrame:  # fmt: skip
-    """The n likeliest next tokens of base, expert (or experts mixed) and adapted base, as `tokens_figure` draws them."""
+    """The n likeliest next tokens of base, expert (or experts mixed) and adapted base, as `tokens_figure` wants."""
     rows, pieces = [], token_bytes(port.base.tokenizer)
     bare, theirs = following(port.base, prompts), {side: following(one, prompts).log() for side, one in experts.items()}
     for name, weights in choices.items():
-        port.use({side: weight for side, weight in weights.items() if side in port.plugs and weight} or None)
+        use(port, weights)
         mixed = bare.log() + sum(weight * (theirs[side] - bare.log()) for side, weight in weights.items())
         said = {"identity": bare, "expert": mixed.softmax(-1), "v2": port.probabilities(prompts).double()}
         for i, prompt in enumerate(prompts):
@@ -205,7 +266,7 @@ def overhead(port: Port, prompt: str, choices: Mapping[str, Weights], tokens: in
     """Time of a greedy text of so many tokens over that of the first choice: the fastest of some rounds, in turn."""
     fastest = dict.fromkeys(choices, math.inf)
     for name in [*choices] * rounds:
-        port.use(dict(choices[name]) or None)
+        use(port, choices[name])
         start = time.perf_counter()
         port.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens)
         fastest[name] = min(fastest[name], time.perf_counter() - start)
