@@ -152,11 +152,12 @@ def _by_document(frame: pd.DataFrame, values: pd.Series) -> torch.Tensor:
     return torch.tensor(values.groupby(frame["document"].to_numpy()).sum().to_numpy(), dtype=torch.float64)
 
 
-def beside(frame: pd.DataFrame, other: pd.DataFrame) -> dict[str, float]:
-    """Bits of rows of `told` over those of another choice for the same tokens, with 95% over documents."""
-    own, theirs = (_by_document(some, some["nats"]) for some in (frame, other))
-    low, high = ratio_bounds(own, theirs)
-    return {"value": float(own.sum() / theirs.sum()), "low": low, "high": high}
+def over(frame: pd.DataFrame, choice: str, own: str = "routed") -> dict[str, float]:
+    """Bits of one choice over those of another for the same tokens of `company`, with 95% over documents."""
+    mine, theirs = (frame[frame["choice"] == one] for one in (own, choice))
+    sums = [_by_document(some, some["nats"]) for some in (mine, theirs)]
+    low, high = ratio_bounds(*sums)
+    return {"value": float(sums[0].sum() / sums[1].sum()), "low": low, "high": high}
 
 
 def record(records: Records, table: pd.DataFrame, texts: Mapping[str, str], names: Mapping[str, str]) -> None:
@@ -262,7 +263,7 @@ def label(choice: str, prompt: str) -> str:
     return f"{choice}: …{' '.join(prompt.split())[-26:]}"
 
 
-def overhead(port: Port, prompt: str, choices: Mapping[str, Weights], tokens: int = 32, rounds: int = 3) -> pd.Series:
+def overhead(port: Port, prompt: str, choices: Mapping[str, Weights], tokens: int = 16, rounds: int = 6) -> pd.Series:
     """Time of a greedy text of so many tokens over that of the first choice: the fastest of some rounds, in turn."""
     fastest = dict.fromkeys(choices, math.inf)
     for name in [*choices] * rounds:
@@ -366,4 +367,4 @@ def since_switch(frame: pd.DataFrame, methods: Mapping[str, str], quantity: str 
         for name, values in shown.items()
     )
     axis = {"type": "category", "title_text": "tokens since the part began"}
-    return lines(names, looks, quantities, "Who says what, from the seam on", f"{alt}.", quantity, **axis)
+    return lines(names, looks, quantities, "From the seam on", f"{alt}.", quantity, **axis)
