@@ -187,8 +187,8 @@ def routed(
     """Of the rows of `told`, at each token those of the plug that the router chooses; `base` where it chooses none.
 
     It is asked before every eighth token (`every`) and told the last `window` tokens, or with `fresh` what of them
-    comes after the last blank line: nothing of what follows. From a cache of `generate` this differs in that what was
-    read before is read anew with the plug chosen.
+    comes after the last blank line: nothing of what follows. What came before is read anew with the plug chosen, as
+    `route` and a new `generate` do.
     """
     ids, _ = placed(router.base, documents)
     starts = [(number, start) for number, row in enumerate(ids) for start in range(0, len(row), every)]
@@ -200,16 +200,16 @@ def routed(
     chosen = pd.DataFrame(starts, columns=["document", "token"])
     chosen = chosen.assign(block=chosen.pop("token") // every, choice=[choice.get(text) or "base" for text in texts])
     found = frame[~frame["live"]].assign(block=frame["token"] // every).merge(chosen)
-    return found.assign(went=found["choice"], choice="routed").sort_values(["document", "token"], ignore_index=True)
+    return found.assign(choice="routed").sort_values(["document", "token"], ignore_index=True)
 
 
 def company(
     frame: pd.DataFrame, router: Router, documents: Sequence[Document], window: int, fresh: bool
 ) -> pd.DataFrame:  # fmt: skip
-    """The rows of `told` and those `routed`, and as `oracle` those of the plug whose text it is; all by `went`."""
-    frame = frame.assign(went=frame["choice"])
+    """The rows of `told`, those `routed`, and as `oracle` those of each side's own plug; `right`: that is in use."""
     own = frame["side"].where(frame["side"].isin(frame["choice"].unique()), "base")
-    oracle = frame[frame["choice"] == own].assign(choice="oracle")
+    frame = frame.assign(right=frame["choice"] == own)
+    oracle = frame[frame["right"]].assign(choice="oracle")
     return pd.concat([frame, routed(frame, router, documents, window, fresh), oracle], ignore_index=True)
 
 
@@ -219,7 +219,7 @@ def agents(frame: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
     for choice, name in names.items():
         some = frame[frame["choice"] == choice]
         row = {"in use": name, "all": bits(some)} | {side: bits(own) for side, own in some.groupby("side", sort=False)}
-        rows.append(row | {"right": (some["went"] == some["side"]).mean() if choice == "routed" else math.nan})
+        rows.append(row | {"right": some["right"].mean() if choice == "routed" else math.nan})
     return pd.DataFrame(rows)
 
 
@@ -282,18 +282,17 @@ def swap(port: Port, *choices: str | None) -> float:
     return min(rounds) / 20 / len(choices)
 
 
-def exported(base: LanguageModel, plugs: Mapping[str, object]) -> pd.DataFrame:
-    """What `to_peft` says to each plug: how many numbers it writes, or why it cannot."""
+def exported(base: LanguageModel, plugs: Mapping[str, Adapter]) -> pd.DataFrame:
+    """What `to_peft` says to each adapter: how much it writes, or why it cannot."""
     rows = []
     with TemporaryDirectory() as folder:
         for name, plug in plugs.items():
+            row = {"kind": name, "rank": plug.rank, "edits": len(plug.edits), "reads": ", ".join(map(str, plug.reads))}
             try:
-                if not isinstance(plug, Adapter):
-                    raise ChassisError(f"a {type(plug).__name__} runs itself: there is no map to write")
                 size = sum(file.stat().st_size for file in plug.to_peft(Path(folder, name), base).iterdir())
-                rows.append({"kind": name, "to peft": "yes", "": f"a LoRA of the head, {size / 1e6:.1f} MB"})
+                rows.append(row | {"to peft": f"a LoRA of the head, {size / 1e6:.1f} MB"})
             except ChassisError as error:
-                rows.append({"kind": name, "to peft": "no", "": f"{error}"})
+                rows.append(row | {"to peft": f"no: {error}"})
     return pd.DataFrame(rows)
 
 
