@@ -21,14 +21,9 @@ LAMS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 @method("v2")
 def _v2(
-    a: Activations | Statistics,
-    layer: int,
-    lam: float | None,
-    metric: str = "kl",
-    blocks: bool = True,
-    edit_rank: int | None = None,
-    progress: bool = False,
-) -> Adapter:
+    a: Activations | Statistics, layer: int, lam: float | None,
+    metric: str = "kl", blocks: bool = True, edit_rank: int | None = None, progress: bool = False,
+) -> Adapter:  # fmt: skip
     """The default: blocks imitated, then logits read, choices held out.
 
     1. Where the expert has the base's layers and width, the states after each block are moved to the expert's by

@@ -53,11 +53,6 @@ class Readout:
     softcap: float | None = None  #: Gemma-style cap: logits become `cap * tanh(logits / cap)`
     scale: float = 1.0  #: In weight and bias already: what the model multiplies its head's own output with
 
-    @property
-    def vocab_size(self) -> int:
-        """Real tokens."""
-        return self.weight.shape[0]
-
     def linear(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits before the cap, `(n, vocab)`, of hidden states `(n, hidden)`."""
         return torch.nn.functional.linear(hidden, self.weight, self.bias)
@@ -199,7 +194,19 @@ class LanguageModel:
     @property
     def vocab_size(self) -> int:
         """Tokens that the readout covers."""
-        return self.readout.vocab_size
+        return self.readout.weight.shape[0]
+
+    def prompt_ids(self, prompt: str, which: str = "the prompt") -> list[int]:
+        """Tokens of a prompt; of an empty one the beginning-of-text token. ChassisError: one that it cannot read."""
+        if not isinstance(prompt, str) or any(0xD800 <= ord(letter) < 0xE000 for letter in prompt):
+            raise ChassisError(f"{which} is no Unicode text: give a string, without lone surrogates")
+        ids, start = list(self.tokenizer(prompt, verbose=False)["input_ids"]), self.tokenizer.bos_token_id
+        if len(ids) > self.context or max(ids, default=0) >= self.vocab_size:
+            size = f"{len(ids)} tokens, {self.name} takes {self.context} of {self.vocab_size} kinds"
+            raise ChassisError(f"{which} has {size}: shorten it")
+        if not ids and start is None:
+            raise ChassisError(f"{which} is empty and {self.name} has no token to begin with: write one")
+        return ids or [start]
 
     @cached_property
     def head_hash(self) -> str:
