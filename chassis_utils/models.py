@@ -157,12 +157,11 @@ class LanguageModel:
             return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
 
         def linear(number: int, _: torch.nn.Module, args: tuple) -> None:
-            # Maps that read the same tensor (queries, keys, values) count once; experts that see a part of the
-            # tokens (mixtures) not at all. Some blocks lay all tokens in one row.
-            (rows, length), known = seen[number].shape[:2], inputs.setdefault(number, [])
-            whole = args[0].shape[:2] == (rows, length) or len(args[0]) == rows * length
-            if whole and not any(args[0] is one for one in known):
-                known.append(args[0])
+            # Maps that read the same tensor (queries, keys, values) count once; experts that see a part of the tokens
+            # (mixtures), or maps of what a cache holds, not at all. Some blocks lay all tokens in one row.
+            given, known, size = args[0], inputs.setdefault(number, []), seen[number].shape[:2]
+            if given.shape[:-1] in (size, (size.numel(),)) and not any(given is one for one in known):
+                known.append(given)
 
         def leave(number: int, *_: object) -> None:
             parts = [one.float().reshape(*seen[number].shape[:2], -1) for one in inputs.pop(number)]
