@@ -327,7 +327,7 @@ def assembled(
     """What a closed form returns: the factors of `low_rank` and a bias `(m,)`, as an adapter that reads `layer`."""
     down, up, values, bias = (t.float() for t in (*factors, bias))
     if isinstance(a, Statistics):
-        kind["features"] = a.features
+        kind["features"] = kind.get("features") or a.features
     return Adapter("", layer, down, up, bias, a.base.name, a.base.head_hash, values=values, **kind)
 
 

@@ -44,7 +44,7 @@ class Statistics:
             ours, theirs = (getattr(one, what) for one in (self, other))
             if getattr(ours, "revision", ours) != getattr(theirs, "revision", theirs):
                 both = " and ".join(f"{getattr(x, 'name', x)} {getattr(x, 'revision', '')}" for x in (ours, theirs))
-                raise ChassisError(f"these statistics are of other {what}, {both}: gather both alike")
+                raise ChassisError(f"these statistics differ in {what} ({both}): gather both alike")
         kept = (torch.cat(pair) for pair in zip(self.kept, other.kept, strict=True))
         kept = tuple(part[:: -(-len(part) // KEPT)] for part in kept)
         if any(one.fingerprints & two.fingerprints for one in self.probes for two in other.probes):
