@@ -1,4 +1,5 @@
 from .activations import Activations as Activations
+from .activations import HiddenExpert as HiddenExpert
 from .activations import harvest as harvest
 from .adapter import Adapter as Adapter
 from .adapter import fit as fit
@@ -6,7 +7,6 @@ from .api import ApiExpert as ApiExpert
 from .bridge import Bridge as Bridge
 from .bridge import Bridged as Bridged
 from .errors import ChassisError as ChassisError
-from .experts import HiddenExpert as HiddenExpert
 from .features import Features as Features
 from .foreign import ForeignExpert as ForeignExpert
 from .metrics import evaluate as evaluate

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from os.path import commonprefix
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import transformers
@@ -19,15 +20,26 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .errors import ChassisError
-from .experts import HiddenExpert
 from .files import made, replacing
 from .foreign import ForeignExpert
-from .models import LanguageModel, Place
+from .models import LanguageModel, Place, Readout
 from .probes import Probes
 
-Expert = LanguageModel | HiddenExpert | ForeignExpert
-
 SHARD = 1024  # prompts a shard: what a kill can cost
+
+
+class HiddenExpert(Protocol):
+    """Any expert that is a function of the base's final state: `harvest`, `gather` and `fit` ask no more of one."""
+
+    name: str  #: As records show it
+    revision: str  #: Hash of all that decides what it says
+    readout: Readout  #: The base's own head, with another bias, or with more columns for what `transform` adds
+
+    def transform(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the readout reads `(n, width)`, from the base's final states `(n, hidden)`."""
+
+
+Expert = LanguageModel | HiddenExpert | ForeignExpert
 
 
 @dataclass
@@ -64,17 +76,6 @@ class Activations:
             have = f"{', '.join(map(str, self.layers))} of {self.base.name} (0..{self.final})"
             raise ChassisError(f"layer {layer} is not among the harvested layers {have}")
         return self.hidden[number]
-
-    def subset(self, n: int, first: int = 0) -> Activations:
-        """Only n of the prompts, from number `first` on. ChassisError if there are fewer, or more rows than prompts."""
-        if not (0 <= first and 1 <= n <= len(self.probes) - first):
-            raise ChassisError(f"n = {n} from {first}: outside 1..{len(self.probes)}, prompts of '{self.probes.name}'")
-        if self.positions == "all":
-            raise ChassisError("a part of the prompts has other bytes: harvest that part instead")
-        part = slice(first, first + n)
-        rows = {k: getattr(self, k)[part] for k in ("expert_hidden", "prompt", "next_token")}
-        rows["hidden"] = {place: states[part] for place, states in self.hidden.items()}
-        return replace(self, probes=replace(self.probes, prompts=self.probes.prompts[part]), **rows)
 
     def against(self, expert: HiddenExpert) -> Activations:
         """The same states beside another expert that is a function of them: no forward pass."""

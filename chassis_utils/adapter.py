@@ -83,7 +83,7 @@ class Adapter(Exchange):
 
     def correction(self, hidden: Mapping[Place, torch.Tensor]) -> torch.Tensor:
         """What it adds, `(..., m)`, from what is found at the places it reads."""
-        return self.delta(self.inputs(hidden))
+        return (self.inputs(hidden) @ self.down) @ self.up + self.bias
 
     def named(self, method: str) -> Adapter:
         """The same adapter under another name, as records and figures will show it."""
@@ -94,10 +94,6 @@ class Adapter(Exchange):
         if not (isinstance(rank, int) and 1 <= rank <= self.rank):
             raise ChassisError(f"rank {rank} is outside 1..{self.rank}, the fitted rank of this {self.method} adapter")
         return replace(self, down=self.down[:, :rank], up=self.up[:rank])
-
-    def delta(self, state: torch.Tensor) -> torch.Tensor:
-        """The correction `(n, m)` for inputs `(n, p)`."""
-        return (state @ self.down) @ self.up + self.bias
 
     @property
     def revision(self) -> str:
@@ -286,8 +282,7 @@ def fit(
         lam: ridge penalty on the sum of squares, 1e-3 unless given; `v2` chooses its own, as a share of the rows.
         **options: of the method; `fit` names those that a method does not know.
 
-    Raises:
-        ChassisError: unknown method or option, a layer not harvested, a rank or K out of range, a singular system.
+    ChassisError: unknown method or option, a layer not harvested, a rank or K out of range, a singular system.
     """
     from . import distill  # noqa: F401  it registers v2, and needs this module
 
@@ -332,7 +327,7 @@ def assembled(
     """What a closed form returns: the factors of `low_rank` and a bias `(m,)`, as an adapter that reads `layer`."""
     down, up, values, bias = (t.float() for t in (*factors, bias))
     if isinstance(a, Statistics):
-        kind["features"] = a.features
+        kind["features"] = kind.get("features") or a.features
     return Adapter("", layer, down, up, bias, a.base.name, a.base.head_hash, values=values, **kind)
 
 

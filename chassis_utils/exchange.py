@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from huggingface_hub import ModelCardData, create_repo, snapshot_download, try_to_load_from_cache, upload_folder
+from huggingface_hub import ModelCardData, snapshot_download
 from huggingface_hub.repocard import metadata_load
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -34,17 +33,6 @@ SHOWN = "method rank split probes n kl kl_low kl_high recovered top1_agreement b
 
 class Exchange:
     """What leads an `Adapter` to other tools."""
-
-    def push(self: Adapter, repo_id: str, figures: pd.DataFrame | None = None, private: bool | None = None) -> str:
-        """What `save` writes, as a repository of the hub, made if it is not there; gives the commit, a `revision`.
-
-        The token is the one that `hf auth login` or HF_TOKEN gave to `huggingface_hub`. ChassisError: the hub says no.
-        """
-        with TemporaryDirectory() as root:
-            folder = self.save(Path(root) / "adapter", figures)
-            with refusing(f"{repo_id} was not written", "check the id, the network and `hf auth login`"):
-                create_repo(repo_id, private=private, exist_ok=True)
-                return upload_folder(repo_id=repo_id, folder_path=folder).oid
 
     def without_intercept(self: Adapter, activations: Activations) -> Adapter:
         """The same map, its bias behind one more factor of the final state, nearest to 1 on these activations.
@@ -137,15 +125,11 @@ def found(name: str | Path, revision: str | None = None) -> tuple[Path, Path]:
     return snapshot, snapshot.parents[1]  # its files are links into the repository's part of the cache
 
 
-def licence(expert: Any) -> str | None:
-    """Licence that the card of an expert names, in its folder or the hub's cache; `unknown`; None if it is no model."""
-    model = expert if isinstance(expert, LanguageModel) else getattr(expert, "model", None)
-    if not isinstance(model, LanguageModel):
-        return None
-    with suppress(ChassisError, OSError, ValueError, TypeError, LookupError, YAMLError):
-        folder = Path(located(model.name))
-        card = folder / "README.md" if folder.is_dir() else try_to_load_from_cache(str(folder), "README.md")
-        return " ".join(str(metadata_load(card)["license"]).split())[:80]
+def licence(expert: Any) -> str:
+    """Licence that the card in an expert's own folder names, or `unknown`."""
+    with suppress(ChassisError, OSError, ValueError, TypeError, LookupError, AttributeError, YAMLError):
+        own = expert.bridge.expert if hasattr(expert, "bridge") else expert
+        return " ".join(str(metadata_load(Path(located(own.name)) / "README.md")["license"]).split())[:80]
     return "unknown"
 
 

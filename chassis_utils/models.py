@@ -53,11 +53,6 @@ class Readout:
     softcap: float | None = None  #: Gemma-style cap: logits become `cap * tanh(logits / cap)`
     scale: float = 1.0  #: In weight and bias already: what the model multiplies its head's own output with
 
-    @property
-    def vocab_size(self) -> int:
-        """Real tokens."""
-        return self.weight.shape[0]
-
     def linear(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits before the cap, `(n, vocab)`, of hidden states `(n, hidden)`."""
         return torch.nn.functional.linear(hidden, self.weight, self.bias)
@@ -162,12 +157,11 @@ class LanguageModel:
             return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
 
         def linear(number: int, _: torch.nn.Module, args: tuple) -> None:
-            # Maps that read the same tensor (queries, keys, values) count once; experts that see a part of the
-            # tokens (mixtures) not at all. Some blocks lay all tokens in one row.
-            (rows, length), known = seen[number].shape[:2], inputs.setdefault(number, [])
-            whole = args[0].shape[:2] == (rows, length) or len(args[0]) == rows * length
-            if whole and not any(args[0] is one for one in known):
-                known.append(args[0])
+            # Maps that read the same tensor (queries, keys, values) count once; experts that see a part of the tokens
+            # (mixtures), or maps of what a cache holds, not at all. Some blocks lay all tokens in one row.
+            given, known, size = args[0], inputs.setdefault(number, []), seen[number].shape[:2]
+            if given.shape[:-1] in (size, (size.numel(),)) and not any(given is one for one in known):
+                known.append(given)
 
         def leave(number: int, *_: object) -> None:
             parts = [one.float().reshape(*seen[number].shape[:2], -1) for one in inputs.pop(number)]
@@ -199,7 +193,19 @@ class LanguageModel:
     @property
     def vocab_size(self) -> int:
         """Tokens that the readout covers."""
-        return self.readout.vocab_size
+        return self.readout.weight.shape[0]
+
+    def prompt_ids(self, prompt: str, which: str = "the prompt") -> list[int]:
+        """Tokens of a prompt; of an empty one the beginning-of-text token. ChassisError: one that it cannot read."""
+        if not isinstance(prompt, str) or any(0xD800 <= ord(letter) < 0xE000 for letter in prompt):
+            raise ChassisError(f"{which} is no Unicode text: give a string, without lone surrogates")
+        ids, start = list(self.tokenizer(prompt, verbose=False)["input_ids"]), self.tokenizer.bos_token_id
+        if len(ids) > self.context or max(ids, default=0) >= self.vocab_size:
+            size = f"{len(ids)} tokens, {self.name} takes {self.context} of {self.vocab_size} kinds"
+            raise ChassisError(f"{which} has {size}: shorten it")
+        if not ids and start is None:
+            raise ChassisError(f"{which} is empty and {self.name} has no token to begin with: write one")
+        return ids or [start]
 
     @cached_property
     def head_hash(self) -> str:

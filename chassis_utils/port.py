@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from queue import Queue
 from typing import Any
 
@@ -77,7 +78,7 @@ class Port:
         """Weights of what is in use; empty for the bare base."""
         return dict(self._weights)
 
-    def plug(self, name: str, plug: Plug | str, strength: float = 1.0) -> None:
+    def plug(self, name: str, plug: Plug | str | Path, strength: float = 1.0) -> None:
         """Plug in an adapter (or the folder or hub id of one), or a live expert, which is asked at every token.
 
         A live expert is a model with the base's tokenizer, a `Bridge` to the base, or an `ApiExpert`. ChassisError for
@@ -87,7 +88,7 @@ class Port:
         if not name or name in self.plugs:
             raise ChassisError(f"the name '{name}' is {'taken' if name else 'empty'}: unplug it, or choose another")
         base = self.base
-        if isinstance(plug, str):
+        if isinstance(plug, str | Path):
             plug = Adapter.load(plug, base)
         if isinstance(plug, Adapter):
             plug = plug.check_base(base).to(base.device)
@@ -205,7 +206,7 @@ class Port:
 
     def probabilities(self, prompts: Sequence[str]) -> torch.Tensor:
         """What is said next behind each of n prompts with what is in use, `(n, vocab)`; ChassisError as `generate`."""
-        ids, mask = padded([self._ids(prompt) for prompt in prompts])
+        ids, mask = padded([self.base.prompt_ids(prompt) for prompt in prompts])
         ids, ends = ids.to(self.base.device), mask.sum(1) - 1
         with self._idle(), torch.inference_mode():
             logits = self.model(input_ids=ids, attention_mask=mask.to(ids.device), use_cache=False).logits
@@ -230,11 +231,9 @@ class Port:
         prompts, stops = ([one] if isinstance(one, str) else [*one] for one in (prompt, stop))
         if not all(stops) or (stream and len(prompts) != 1) or max_new_tokens < 1 or not prompts:
             raise ChassisError("give a prompt (one to stream), stop strings that are not empty, and 1 or more tokens")
-        rows = [self._ids(one) for one in prompts]
-        room = self.base.context - max(map(len, rows))
-        if room < 1:
-            size = f"{self.base.context - room} tokens, {self.base.name} takes {self.base.context}"
-            raise ChassisError(f"a prompt has {size} with what is written: shorten it")
+        rows = [self.base.prompt_ids(one) for one in prompts]
+        if (room := self.base.context - max(map(len, rows))) < 1:
+            raise ChassisError(f"a prompt fills all {self.base.context} tokens that {self.base.name} takes: shorten it")
         ids, mask = (part.to(self.base.device) for part in padded(rows, "left"))
         sampling = {"do_sample": not {"temperature", "top_p", "top_k", "min_p"}.isdisjoint(settings)} | settings
         end = _End(self.base.tokenizer, stops, ids)
@@ -244,14 +243,6 @@ class Port:
             return _until(self._streamed(ids, options, seed, end), stops)
         texts = ["".join(_until([end.text(row)], stops)) for row in self._seeded(ids, options, seed)]
         return texts[0] if isinstance(prompt, str) else texts
-
-    def _ids(self, prompt: str) -> list[int]:
-        if not isinstance(prompt, str) or any(0xD800 <= ord(letter) < 0xE000 for letter in prompt):
-            raise ChassisError("a prompt is no Unicode text: give a string, or a list of strings")
-        ids = self.base.tokenizer(prompt, verbose=False)["input_ids"]
-        if not ids and (start := self.base.tokenizer.bos_token_id) is None:
-            raise ChassisError(f"the prompt is empty and {self.base.name} has no token to begin with: write one")
-        return list(ids) or [start]
 
     def _seeded(self, ids: torch.Tensor, options: dict[str, Any], seed: int) -> torch.Tensor:
         with torch.random.fork_rng(devices=[self.base.device] if self.base.device.type == "cuda" else []):
@@ -285,11 +276,7 @@ class Port:
             thread.join()
 
     def report(self) -> pd.DataFrame:
-        """One row a plug, the bare base first: what it is, and how much it counts.
-
-        Columns `plug, kind, method, rank, parameters, edits, strength, weight, expert, held_out_kl` (nats; as the fit
-        measured it).
-        """
+        """What is plugged in, one row each, the bare base first; `held_out_kl` is in nats, as the fit measured it."""
         rows = [{"plug": None, "kind": "base", "expert": self.base.name, "weight": float(not self._weights)}]
         for name, plug in self.plugs.items():
             row = {"plug": name, "strength": self._strengths[name], "weight": self._weights.get(name, 0.0)}

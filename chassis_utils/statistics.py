@@ -40,14 +40,11 @@ class Statistics:
 
     def __add__(self, other: Statistics) -> Statistics:
         """Statistics of both sets of rows; ChassisError: they are of other models, features, positions or layers."""
-        for what in ("base", "expert"):
-            ours, theirs = getattr(self, what), getattr(other, what)
-            if ours.revision != theirs.revision:
-                names = f"{ours.name} ({ours.revision}) and {theirs.name} ({theirs.revision})"
-                raise ChassisError(f"these statistics are of another {what}, {names}: gather both with the same models")
-        for what in ("features", "positions", "layer"):
-            if (ours := getattr(self, what)) != (theirs := getattr(other, what)):
-                raise ChassisError(f"these statistics are of other {what}, {ours} and {theirs}: gather both alike")
+        for what in ("base", "expert", "features", "positions", "layer"):
+            ours, theirs = (getattr(one, what) for one in (self, other))
+            if getattr(ours, "revision", ours) != getattr(theirs, "revision", theirs):
+                both = " and ".join(f"{getattr(x, 'name', x)} {getattr(x, 'revision', '')}" for x in (ours, theirs))
+                raise ChassisError(f"these statistics differ in {what} ({both}): gather both alike")
         kept = (torch.cat(pair) for pair in zip(self.kept, other.kept, strict=True))
         kept = tuple(part[:: -(-len(part) // KEPT)] for part in kept)
         if any(one.fingerprints & two.fingerprints for one in self.probes for two in other.probes):

@@ -117,11 +117,11 @@ def test_statistics_of_other_models_or_features_do_not_add_up(
     base: LanguageModel, expert: LanguageModel, prompts: Probes, synthetic: SyntheticExpert
 ) -> None:
     one = gather(base, expert, prompts, Features((3,)), progress=False)
-    with refused("another expert", synthetic.name, expert.name):
+    with refused("differ in expert", synthetic.name, expert.name):
         one + gather(base, synthetic, prompts, Features((3,)), progress=False)
     with refused("in both statistics", "once"):
         one + one
-    with refused("other features", "(2,)"):
+    with refused("differ in features", "(2,)"):
         one + gather(base, expert, prompts, Features((2,)), progress=False)
 
 

@@ -12,6 +12,7 @@ from chassis_utils import activations as module
 from chassis_utils.metrics import kl
 from descent import gradient
 from plugs import SyntheticExpert
+from splits import subset
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ def test_logits_become_states_by_least_squares(activations: Activations, synthet
     assert table["recovered"].iloc[1:].min() > 0.999
     v1 = fit(a, "v1", 3, top_k=50)
     turned = into_hidden(v1, a.base, "transpose")
-    wanted = v1.delta(a.hidden[3]) @ a.base.readout.weight[v1.columns]
-    torch.testing.assert_close(turned.delta(a.hidden[3]), wanted, atol=1e-4, rtol=1e-3)
+    wanted = v1.correction(a.hidden) @ a.base.readout.weight[v1.columns]
+    torch.testing.assert_close(turned.correction(a.hidden), wanted, atol=1e-4, rtol=1e-3)
     with refused("inverse", "pseudo"):
         into_hidden(v1, a.base, "inverse")
     with refused("hidden"):
@@ -135,14 +136,14 @@ def test_a_part_of_the_prompts_and_another_expert_need_no_pass(
     activations: Activations, synthetic: SyntheticExpert, prompts: Probes
 ) -> None:
     base = activations.base
-    part = activations.subset(20).against(synthetic)
+    part = subset(activations, 20).against(synthetic)
     again = harvest(base, synthetic, Probes("rivers", "train", prompts.prompts[:20]), progress=False)
     for layer, state in again.hidden.items():
         torch.testing.assert_close(part.hidden[layer], state, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(part.expert_hidden, again.expert_hidden, atol=1e-5, rtol=1e-4)
     assert part.probes == again.probes and len(part) == 20
     with refused("n = 91", "1..90"):
-        activations.subset(91)
+        subset(activations, 91)
     with refused("every position"):
         gradient(activations, 1)
 

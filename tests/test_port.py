@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from conftest import make, refused
 
-from chassis_utils import Adapter, Bridge, LanguageModel, Port, Probes, Router, fit, harvest, load, probe_set
+from chassis_utils import Adapter, Bridge, Features, LanguageModel, Port, Probes, Router, fit, harvest, load, probe_set
 from chassis_utils.models import tensor_hash
 
 PROMPTS = ["Tom has 12 apples and buys", "The", "What is love? It is a thing of"]
@@ -261,6 +261,28 @@ def test_every_kind_of_head_is_corrected_as_it_was_fitted(tmp_path: Path, archit
     torch.testing.assert_close(port.probabilities(probes.prompts), wanted, atol=1e-4, rtol=1e-3)
     texts = [greedy(models[0], adapter, one, 6) for one in probes.prompts]
     assert port.generate(probes.prompts, max_new_tokens=6) == texts
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Mixtral", "DeepseekV3"])
+def test_edits_act_alike_with_a_cache_and_without(tmp_path: Path, architecture: str) -> None:
+    """Where experts of a mixture see a part of the tokens, and where maps read what a cache holds, too."""
+    base, draw = load(str(make(tmp_path, architecture)), device="cpu"), torch.Generator().manual_seed(0)
+
+    def drawn(m: int, layer: int, *places: int | str, **kind: object) -> Adapter:
+        p = sum(Features(places).sizes(base))
+        maps = (0.1 * torch.randn(*shape, generator=draw) for shape in ((p, 3), (3, m), (m,)))
+        return Adapter("drawn", layer, *maps, base.name, base.head_hash, features=Features(places), **kind)
+
+    size, final = base.hidden_size, base.num_layers
+    edits = (drawn(size, 1, 0, "block 0", space="hidden", onto="layer"),)
+    edits += (drawn(size, final, final - 1, f"block {final - 1}", space="hidden", onto="stream"),)
+    adapter = drawn(base.vocab_size, final, final, f"block {final - 1}", edits=edits)
+    port = Port(base)
+    port.plug("drawn", adapter)
+    bare = port.generate(PROMPTS, max_new_tokens=6)
+    port.use("drawn")
+    texts = port.generate(PROMPTS, max_new_tokens=6)
+    assert texts == [greedy(base, adapter, one, 6) for one in PROMPTS] != bare
 
 
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, "much", None])
