@@ -263,16 +263,23 @@ def label(choice: str, prompt: str) -> str:
     return f"{choice}: …{' '.join(prompt.split())[-26:]}"
 
 
-def overhead(port: Port, prompt: str, choices: Mapping[str, Weights], tokens: int = 16, rounds: int = 6) -> pd.Series:
-    """Time of a greedy text of so many tokens over that of the first choice: the fastest of some rounds, in turn."""
-    fastest = dict.fromkeys(choices, math.inf)
-    for name in [*choices] * rounds:
-        use(port, choices[name])
-        start = time.perf_counter()
-        port.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens)
-        fastest[name] = min(fastest[name], time.perf_counter() - start)
+def overhead(port: Port, prompt: str, choices: Mapping[str, Weights], tokens: int = 16, rounds: int = 5) -> pd.Series:
+    """Time of a greedy text of so many tokens over that of the first choice, the median of several rounds in turn.
+
+    On a CPU it is the processor's time, which what else runs there changes least.
+    """
+    clock = time.process_time if port.base.device.type == "cpu" else time.perf_counter
+    taken: dict[str, list[float]] = {name: [] for name in choices}
+    for number in range(rounds):
+        # Forth, then back: a machine that slows down or speeds up favours none.
+        for name in [*choices][:: -1 if number % 2 else 1]:
+            use(port, choices[name])
+            start = clock()
+            port.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens)
+            taken[name].append(clock() - start)
     port.use(None)
-    return pd.Series(fastest) / next(iter(fastest.values()))
+    first, *_ = taken
+    return pd.DataFrame(taken).pipe(lambda seconds: seconds.div(seconds[first], axis=0)).median()
 
 
 def swap(port: Port, *choices: str | None) -> float:

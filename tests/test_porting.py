@@ -138,7 +138,8 @@ def test_a_summary_is_what_evaluate_says_of_each_plug_alone(
             # A KL behind the last token of a passage, which evaluate counts too, is of nothing that was written.
             a = harvest(base, expert, probes, "all", [-1], progress=False)
             theirs, inside = expert.readout(a.expert_hidden), a.next_token >= 0
-            each = [kl(theirs, one.logits(base, a.hidden))[inside] for one in (Adapter.identity(base), adapters["verse"])]
+            both = Adapter.identity(base), adapters["verse"]
+            each = [kl(theirs, one.logits(base, a.hidden))[inside] for one in both]
             row = rows.loc[("0.0", side, to)]
             assert row["n"] == inside.sum()
             assert [row["identity"], row["kl"]] == pytest.approx([float(one.mean()) for one in each], rel=1e-3)

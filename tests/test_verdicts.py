@@ -473,7 +473,7 @@ def test_an_experiment_without_a_rule_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_experiment_recorded_is_written_with_rows_of_the_records(tmp_path: Path) -> None:
-    record(tmp_path, "port", exact())  # no rule decides it
+    record(tmp_path, "of_my_own", exact())  # no rule decides it
     names = list(HOLDING)[:4]
     for name in names:
         record(tmp_path, name, HOLDING[name]())
