@@ -345,8 +345,9 @@ def over_weights(table: pd.DataFrame, sides: Sequence[str], quantity: str = "KL 
     units = {"KL to each expert": "KL to the text's own expert (nats)", "bits per byte": "bits per byte"}
     units |= {"KL to the experts mixed": "KL to the experts mixed (nats)"}
     quantities = {q: (unit, {n: told[q] for n, told in found.items() if q in told}) for q, unit in units.items()}
-    half = [found[f"plugs, {side} text"]["KL to each expert"][len(alphas) // 2] for side in sides]
-    alt = f"KL to each expert on its own text against the weight of {sides[0]}; at the middle " + " and ".join(
+    middle = min(range(len(alphas)), key=lambda place: abs(float(alphas[place]) - 0.5))
+    half = [found[f"plugs, {side} text"]["KL to each expert"][middle] for side in sides]
+    alt = f"KL to each expert on its own text against the weight of {sides[0]}; at {alphas[middle]} " + " and ".join(
         f"{_figures(kl)} for {side}" for kl, side in zip(half, sides, strict=True)
     )
     axis = {"title_text": f"weight of {sides[0]}; {sides[1]} has the rest", "range": [-0.03, 1.03]}
