@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from os.path import commonprefix
@@ -62,7 +62,7 @@ class Activations:
     @property
     def layers(self) -> list[Place]:
         """Harvested layers, then blocks."""
-        return _sorted(self.hidden)
+        return [*self.hidden]
 
     @property
     def final(self) -> int:
@@ -84,10 +84,6 @@ class Activations:
         return replace(self, expert=expert, expert_hidden=theirs)
 
 
-def _sorted(places: Iterable[Place]) -> list[Place]:
-    return sorted(places, key=lambda place: (isinstance(place, str), place))
-
-
 def _same_base(base: LanguageModel, expert: HiddenExpert) -> None:
     own, theirs = base.readout.weight, expert.readout.weight
     if theirs is not own and not torch.equal(theirs[:, : own.shape[1]], own):  # a gate is a column more
@@ -103,16 +99,15 @@ def harvest(
 
     Prompts are batched by length; what many begin with is run once where only the last token is asked for. With
     `out_dir`, each shard of 1,024 prompts is written as it is done: a second call goes on from there, and shards are
-    shared by every expert and notebook that asks for the same base, probes, layers and positions.
-
-    The expert is a model with the base's tokenizer, a function of the base's hidden state, or a `ForeignExpert`.
-    `positions` is the `last` token of each prompt, or `all`; `layers` are places of the base, negative ones from the
-    last, None for every layer; `batch_tokens` counts padded tokens a batch; `padding`, `right` or `left`, changes
-    nothing but rounding. ChassisError for an unknown place or option, a prompt that is too long, tokenizers that
-    differ, NaN or infinity.
+    shared by every expert and notebook that asks for the same base, probes, layers and positions. The expert is a model
+    with the base's tokenizer, a function of the base's hidden state, or a `ForeignExpert`. `positions` is the `last`
+    token of each prompt, or `all`; `layers` are places of the base, negative ones from the last, None for every layer;
+    `batch_tokens` counts padded tokens; `padding`, `right` or `left`, changes nothing but rounding. ChassisError:
+    unknown places or options, a prompt that is too long, tokenizers that differ, NaN or infinity.
     """
     final = base.num_layers
-    wanted = _sorted({final, *map(base.layer_number, range(final) if layers is None else layers)})
+    numbers = {final, *map(base.layer_number, range(final) if layers is None else layers)}
+    wanted = sorted(numbers, key=lambda place: (isinstance(place, str), place))
     for name, value, known in (("positions", positions, ("last", "all")), ("padding", padding, ("left", "right"))):
         if value not in known:
             raise ChassisError(f"{name} = '{value}': choose {' or '.join(known)}")

@@ -165,8 +165,7 @@ class Adapter(Exchange):
         """Read the folder that `save` wrote, or a repository of the hub (`org/name`, at a `revision`).
 
         Nothing in it is executed, and no tensor is read before names, types and shapes are those of an adapter, and of
-        the base where one is given. ChassisError where nothing is there, or what is damaged, of an unknown format, or
-        made for another base.
+        the base if given. ChassisError: nothing is there, or what is damaged, of another format, or for another base.
         """
         told = f"{folder} is not a readable adapter folder", "save it, or fit it again"
         here, root = found(folder, revision)
@@ -275,8 +274,7 @@ def fit(
     Args:
         activations: of base and expert on the training probes; or what `gather` returns, for `ridge`, `rrr` and `v2`.
         method: `v2` (the strongest; see `distill`), `v1` (the study's), `ridge` and `rrr` (difference to base logits,
-            all columns; cut by SVD or in the data's metric), `lens`, or another that an imported module has
-            registered by `@method`.
+            all columns; cut by SVD or in the data's metric), `lens`, or what a module registered by `@method`.
         rank: of the map; None keeps all, to be cut later by `Adapter.at_rank`.
         layer: of the base, negative from the last.
         lam: ridge penalty on the sum of squares, 1e-3 unless given; `v2` chooses its own, as a share of the rows.

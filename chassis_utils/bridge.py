@@ -23,8 +23,7 @@ from .models import LanguageModel
 from .tokens import Pieces, ids_of, token_bytes
 
 STAGES = ("A", "B", "C", "exact")
-#: Continuations that share one forward pass of the expert in stage `exact`.
-WIDTH = 8
+WIDTH = 8  # continuations that share one forward pass of the expert in stage `exact`
 
 
 @dataclass(frozen=True)

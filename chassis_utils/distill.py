@@ -130,8 +130,7 @@ def _read_out(
 ) -> tuple[float, Adapter]:
     """The best change of logits that these statistics allow, and its KL on the held-out rows they kept.
 
-    For every choice of features among those gathered and every lam, the ridge on all other rows is judged by that KL;
-    the best is solved again on all rows.
+    For every choice of features and every lam, the ridge on all other rows is judged by it; the best gets all rows.
     """
     base, (x, y) = stats.base, stats.kept
     both, shift = heads(stats)

@@ -37,9 +37,8 @@ class Exchange:
     def without_intercept(self: Adapter, activations: Activations) -> Adapter:
         """The same map, its bias behind one more factor of the final state, nearest to 1 on these activations.
 
-        By least squares, this is the best map without intercept, if none of its rank was cut. Behind a LayerNorm with
-        bias the state has such a factor exactly; behind an RMSNorm `evaluate` tells what it costs. ChassisError where
-        `to_peft` has one.
+        By least squares: the best such map, if no rank was cut. Behind a LayerNorm with bias the factor is exact,
+        behind an RMSNorm `evaluate` tells what it costs. ChassisError where `to_peft` has one.
         """
         _check_linear(self, activations.base)
         x = activations.hidden[activations.final].cpu()

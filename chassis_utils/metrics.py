@@ -45,11 +45,10 @@ def evaluate(
 ) -> pd.DataFrame:  # fmt: skip
     """Compare adapted bases with the expert, one row per adapter and probe set, and one for the bare base.
 
-    One adapter or several are judged from the same forward passes, on probe sets (harvested at `positions`, `last` or
-    `all`; `all` for real text unless given) or on activations of them already harvested (no forward pass then, unless
-    an adapter edits the base on its way or reads a block). The identity is always the bare base: where the base (or its
-    states) were edited, `bare` holds activations of the bare one on the same probes, in the same order, harvested if
-    not given. `allow_overlap` accepts prompts that an adapter was fitted on, outside the split `train`.
+    All are judged from the same passes, on probe sets (harvested at `positions`, `last` or `all`; `all` for real text
+    unless given) or activations (no forward pass then, unless an adapter edits the base or reads a block). The identity
+    is always the bare base: where the base or its states were edited, `bare` holds the bare one's activations on the
+    same probes in order, harvested if not given. `allow_overlap` accepts prompts fitted on, outside of `train`.
 
     Returns columns `base, expert, method, rank, layer, onto, split, probes, n`, `kl` and `kl_identity` (nats, mean over
     rows), `recovered` (`1 - kl / kl_identity`; NaN where expert and base are the same), `kl_low, kl_high,

@@ -332,8 +332,7 @@ def located(name: str) -> str:
         return str(folder)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
-    known = f"bundled are {', '.join(bundled())}"
-    raise ChassisError(f"no model '{name}' and no such folder: {known}; or give a folder or hub id")
+    raise ChassisError(f"no model or folder '{name}': bundled are {', '.join(bundled())}; or give a folder or hub id")
 
 
 def load(
@@ -348,8 +347,7 @@ def load(
     ChassisError: unknown name, hub out of reach, tokenizer or weights missing, or a head that is not understood.
     """
     source = located(str(name))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -284,8 +284,8 @@ class Port:
                 row |= {"kind": "adapter", "method": plug.method, "rank": plug.rank, "edits": len(plug.edits)}
                 row |= {"parameters": plug.num_parameters} | {k: plug.info.get(k) for k in ("expert", "held_out_kl")}
             else:
-                own = plug.expert if isinstance(plug, Bridge) else plug
-                row |= {"kind": "live", "method": type(plug).__name__, "expert": getattr(own, "name", None)}
+                own = getattr(plug, "expert", plug)  # of a bridge; an API has the name of its model
+                row |= {"kind": "live", "method": type(plug).__name__, "expert": getattr(own, "name", own.model)}
             rows.append(row)
         return pd.DataFrame(rows)
 

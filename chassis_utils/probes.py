@@ -39,10 +39,8 @@ class Probes:
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
             raise ChassisError(f"no split '{self.split}': choose from {', '.join(SPLITS)}")
-        if isinstance(self.prompts, str):
-            raise ChassisError(f"the prompts of '{self.name}' are one string: give a tuple of strings")
-        if not self.prompts:
-            raise ChassisError(f"probe set '{self.name}' ({self.split}) is empty: give at least one prompt")
+        if isinstance(self.prompts, str) or not self.prompts:
+            raise ChassisError(f"probe set '{self.name}' ({self.split}) is empty or one string: give several strings")
         if empty := [i for i, prompt in enumerate(self.prompts) if not prompt.strip()]:
             raise ChassisError(f"prompt {empty[0]} of probe set '{self.name}' is empty: remove it or write something")
 

@@ -46,8 +46,7 @@ class Gram:
         for start in range(0, len(x), BLOCK):
             a, b = x[start : start + BLOCK].double(), y[start : start + BLOCK].double()
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-                rows = f"rows {start} to {start + len(a) - 1}"
-                raise ChassisError(f"{rows} hold NaN or infinity: harvest again in float32")
+                raise ChassisError(f"rows from {start} on hold NaN or infinity: harvest again in float32")
             self.n += len(a)
             self.x += a.sum(0)
             self.y += b.sum(0)
@@ -177,9 +176,9 @@ def kl_fit(
     Martens and Grosse 2015), so that L-BFGS takes few passes over the rows. The objective is strongly convex without a
     cap: it is nowhere lower by more than the gradient's squared norm in these coordinates over `2 lam / (lam + max C)`.
 
-    `x` is `(n, p)`, `basis (k, q)`. `given` takes a slice of the rows to their `own` logits and target probabilities,
-    `(m, q)` each. `seen` is called after each step with `W`, `b` and the norm of the gradient; it ends the search by
-    giving True. `passes` are steps at most, and the one that sets up F is another. `lam` is above zero.
+    `x` is `(n, p)`, `basis (k, q)`; `given` takes a slice of the rows to their `own` logits and target probabilities,
+    `(m, q)` each; `seen`, called after each step with `W`, `b` and the gradient's norm, ends the search by True.
+    `passes` are steps at most, and the one that sets up F is another. `lam` is above zero.
     """
     n, blocks = len(x), [*torch.arange(len(x)).split(max(1, LOGITS // basis.shape[1]))]
     blocks = [slice(int(block[0]), int(block[-1]) + 1) for block in blocks]

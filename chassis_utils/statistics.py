@@ -68,9 +68,8 @@ def gather(
     """One pass of both models, no deeper than needed; batch by batch the rows are added up and forgotten.
 
     The base runs with its edits, if it has any; a synthetic expert always follows the bare base. `positions` is `last`
-    or `all`; `layer` is the one whose states are the target, negative from the last. ChassisError for statistics that
-    do not fit into memory (before anything is run), a single prompt, values that are not finite, or models whose states
-    at `layer` cannot be subtracted.
+    or `all`; `layer`, negative from the last, has the states that are the target. ChassisError: more than memory holds
+    (before anything is run), a single prompt, values that are not finite, or states that cannot be subtracted.
     """
     layer = base.layer_number(layer)
     if isinstance(expert, ForeignExpert):
@@ -81,8 +80,7 @@ def gather(
         raise ChassisError(f"{expert.name} has no layer {layer} of the size of {base.name}'s: only the final one")
     ids, _ = checked_ids(base, expert, probes)
     if (fold := min(FOLD, len(ids))) < 2:
-        why = f"'{probes.name}' has one prompt, and every eighth is held out to choose by"
-        raise ChassisError(f"{why}: give two or more")
+        raise ChassisError(f"'{probes.name}' has one prompt, and every eighth is held out: give two or more")
     p, q = sum(features.sizes(base)), base.hidden_size
     q += expert.readout.weight.shape[1] if layer == base.num_layers else 0
     _check_memory(p, q, base.vocab_size if layer == base.num_layers else 0)
