@@ -87,7 +87,7 @@ def told(
                 logits = model(input_ids=given, attention_mask=mask, use_cache=False).logits[:, :-1]
             return logits.cpu()[own][:, : base.vocab_size].float().log_softmax(-1)
 
-        here, following = pd.concat([rows[n] for n in numbers]), given.cpu()[:, 1:][own][:, None]
+        here, written = pd.concat([rows[n] for n in numbers]), given.cpu()[:, 1:][own][:, None]
         bare = said(base.model) if experts else None
         theirs = {side: bare if one is base else said(one.model) for side, one in experts.items()}
         shares = {side: one.exp() for side, one in theirs.items()}
@@ -100,7 +100,7 @@ def told(
                 apart = {"kl_mixture": both[False], "kl_bare": bare}
                 apart = {column: _kl(mixed.exp(), mixed, one) for column, one in apart.items()}
             for live, ours in both.items():
-                columns = {"nats": -ours.gather(1, following)[:, 0]} | ({} if live else apart)
+                columns = {"nats": -ours.gather(1, written)[:, 0]} | ({} if live else apart)
                 columns |= {f"kl_{side}": _kl(shares[side], one, ours) for side, one in theirs.items()}
                 columns = {column: values.double().numpy() for column, values in columns.items()}
                 frames.append(here.assign(choice=name, live=live, **columns))
@@ -123,15 +123,15 @@ def bits(frame: pd.DataFrame) -> float:
     return frame["nats"].sum() / math.log(2) / frame["bytes"].sum()
 
 
-def summary(frame: pd.DataFrame, bare: str) -> pd.DataFrame:
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """Means of `told`, a row a choice, side of the text and what the KL is `to`: a side's expert, or the `mixture`.
 
-    Columns `choice, live, side, to, n, bits_per_byte, kl, recovered` (of the KL of the choice `bare`), both with 95%
-    intervals over documents.
+    Columns `choice, live, side, to, n, bits_per_byte, kl, recovered` (of `identity`, the KL of the choice `base`), each
+    with its 95% interval over documents.
     """
     rows = []
     for (choice, live, side), some in frame.groupby(["choice", "live", "side"], sort=False):
-        own = frame[(frame["choice"] == bare) & ~frame["live"] & (frame["side"] == side)]
+        own = frame[(frame["choice"] == "base") & ~frame["live"] & (frame["side"] == side)]
         same = {"choice": choice, "live": live, "side": side, "n": len(some), "bits_per_byte": bits(some)}
         for column in [c for c in frame if c.startswith("kl_") and c != "kl_bare" and some[c].notna().all()]:
             of = some["kl_bare"] if column == "kl_mixture" else own[column]
@@ -142,8 +142,8 @@ def summary(frame: pd.DataFrame, bare: str) -> pd.DataFrame:
             shares |= {"recovered_low": 1 - best, "recovered_high": 1 - worst}
             kl = {"kl": float(sums[0].sum() / sizes.sum()), "kl_low": low, "kl_high": high}
             least, most = ratio_bounds(sums[1], sizes)
-            bare_kl = {"identity": float(of.mean()), "identity_low": least, "identity_high": most}
-            rows.append(same | {"to": column.removeprefix("kl_")} | bare_kl | kl | shares)
+            kl |= {"identity": float(of.mean()), "identity_low": least, "identity_high": most}
+            rows.append(same | {"to": column.removeprefix("kl_")} | kl | shares)
     return pd.DataFrame(rows)
 
 

@@ -67,7 +67,7 @@ def frame(port: Port, experts: dict[str, LanguageModel]) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def table(frame: pd.DataFrame) -> pd.DataFrame:
-    return porting.summary(frame, "base")
+    return porting.summary(frame)
 
 
 @pytest.fixture(scope="module")
