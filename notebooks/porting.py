@@ -242,11 +242,12 @@ def likely(
 ) -> pd.DataFrame:  # fmt: skip
     """The n likeliest next tokens of base, expert (or experts mixed) and adapted base, as `tokens_figure` wants."""
     rows, pieces = [], token_bytes(port.base.tokenizer)
-    bare, theirs = following(port.base, prompts), {side: following(one, prompts).log() for side, one in experts.items()}
+    bare = following(port.base, prompts).cpu()
+    theirs = {side: following(one, prompts).cpu().log() for side, one in experts.items()}
     for name, weights in choices.items():
         use(port, weights)
         mixed = bare.log() + sum(weight * (theirs[side] - bare.log()) for side, weight in weights.items())
-        said = {"identity": bare, "expert": mixed.softmax(-1), "v2": port.probabilities(prompts).double()}
+        said = {"identity": bare, "expert": mixed.softmax(-1), "v2": port.probabilities(prompts).double().cpu()}
         for i, prompt in enumerate(prompts):
             top = torch.stack([one[i] for one in said.values()]).amax(0).topk(n).indices.tolist()
             same = {"label": label(name, prompt)}
