@@ -14,15 +14,17 @@ import plotly.graph_objects as go
 import torch
 
 from chassis_utils import Adapter, ChassisError, LanguageModel, Port, Router, fit, harvest, load, probe_set
+from chassis_utils.tokens import token_bytes
 from plots import GREY, PALETTE, STYLES, style, template
 
 #: Plugs that are there without a folder: name -> (expert, bundled text of its domain).
 DOMAINS = {"math": ("pocket-math", "math-text"), "shakespeare": ("pocket-shakespeare", "verse")}
 BASES = ("pocket-base", "pocket-math", "pocket-shakespeare")
-REST = {"prose": None, "numerals": 64, "languages": 64}  # texts of no expert, for the router
+REST = {"prose": 24, "numerals": 32, "languages": 32}  # texts of no expert, for the router
 # With every choice searched for, twelve passages take twice as long; this lam was the best on passages of split val.
 QUICK = {"n": 12, "lam": 0.1}
 PROMPT = "Question: Tom has 12 apples and buys 7 more. How many apples does he have?\nAnswer:"
+SEEN = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})  # what a label would not show
 BARE, ADAPTED = "bare base", "port"
 STYLE = Path(__file__).with_name("app") / "port.css"
 
@@ -43,8 +45,8 @@ def next_tokens(said: Mapping[str, torch.Tensor], tokenizer: Any, tokens: int = 
         tokens: how many are drawn: those that any speaker holds likeliest.
     """
     chosen = torch.stack([*said.values()]).amax(0).topk(tokens).indices
-    # The piece itself, not its decoding, tells whether a token begins with a space.
-    pieces = [str(piece).replace("▁", "␣").replace("Ġ", "␣") for piece in tokenizer.convert_ids_to_tokens(chosen)]
+    known = token_bytes(tokenizer)  # which keep the space that a token begins with
+    pieces = [(known[i] or b"").decode(errors="replace").translate(SEEN) for i in chosen.tolist()]
     labels, names = [html.escape(piece, quote=False) for piece in pieces], [*said]
     figure = go.Figure(layout={"barmode": "group", "bargap": 0.28, "bargroupgap": 0.08, "height": 440})
     for name, probabilities in said.items():
@@ -119,10 +121,12 @@ class PortApp(widgets.VBox):
 
     def controls(self) -> widgets.Widget:
         """What is set on the left, what follows from it on the right."""
+        heads = [widgets.HTML(f"<h2>{head}</h2>") for head in ("Prompt", "Plugs and weights", "Text", "Likely next")]
         rows = [_box("plug", self.checks[name], self.weights[name]) for name in self.checks]
-        heads = [widgets.HTML(f"<h2>{head}</h2>") for head in ("Prompt", "Plugs and weights", "Likely next")]
-        left = _box("left", heads[0], self.prompt, heads[1], *rows, _box("row", self.route, self.choice), self.error)
-        return _box("top", left, _box("right", heads[2], self.figure, self.apart))
+        plugs = _box("part", heads[1], *rows, _box("row", self.route, self.choice))
+        text = _box("part", heads[2], _box("row", self.tokens, self.write, self.stop))
+        left = _box("left", _box("part", heads[0], self.prompt), plugs, text, self.error)
+        return _box("top", left, _box("right", heads[3], self.figure, self.apart))
 
     def texts(self) -> widgets.Widget:
         """One panel a speaker."""
@@ -131,8 +135,7 @@ class PortApp(widgets.VBox):
             title = f'<h3 style="--speaker: {colour(name, names)}">{html.escape(name)}</h3>'
             panels.append(_box("panel", widgets.HTML(title), panel))
             panel.value = plain("", "text")
-        head = widgets.HTML("<h2>Side by side</h2>")
-        return _box("bottom", head, _box("row", self.tokens, self.write, self.stop), _box("panels", *panels))
+        return _box("panels", *panels)
 
     @property
     def in_use(self) -> dict[str, float] | None:
@@ -212,7 +215,7 @@ class PortApp(widgets.VBox):
 
     def _show(self, texts: Mapping[str, str]) -> None:
         for name, text in texts.items():
-            self.panels[name].value = plain(text, "text")
+            self.panels[name].value = plain(text.lstrip(" "), "text")
 
     def close(self) -> None:
         """End what is being written, then go."""
@@ -236,7 +239,7 @@ def quickly(base: LanguageModel, say: Any = print) -> tuple[dict, dict, Router]:
 
 def routed(base: LanguageModel, names: list[str]) -> Router | None:
     """A router for the plugs among `names` whose domain is bundled; None where there is none."""
-    known = {name: probe_set(DOMAINS[name][1]) for name in names if name in DOMAINS}
+    known = {name: probe_set(DOMAINS[name][1], n=24) for name in names if name in DOMAINS}
     return Router.fit(base, known, [probe_set(name, n=n) for name, n in REST.items()]) if known else None
 
 

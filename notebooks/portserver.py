@@ -84,15 +84,17 @@ def _config(token: str, address: str) -> Config:
     return Config({
         "Voila": {
             "config_file_paths": [], "notebook_path": str(APP / "port.ipynb"), "root_dir": str(APP), "ip": HOST,
-            "token": token, "open_browser": False, "log_level": logging.WARNING,
+            "token": token, "open_browser": False, "log_level": logging.ERROR,
             "tornado_settings": {"allow_remote_access": False, "headers": headers, "log_function": lambda _: None}},
         "VoilaConfiguration": {
-            "template": "chassis", "theme": "light", "allow_template_override": "NO", "allow_theme_override": "NO",
+            "template": "chassis", "allow_template_override": "NO", "allow_theme_override": "NO",
             "strip_sources": True, "show_tracebacks": False, "file_allowlist": [], "file_denylist": [".*"],
             "http_header_envs": [],
-            "extension_allowlist": ["@jupyter-widgets/jupyterlab-manager", "jupyterlab-plotly"]},
+            "extension_allowlist": [
+                "@voila-dashboards/widgets-manager8", "@jupyter-widgets/jupyterlab-manager", "jupyterlab-plotly"]},
         "IdentityProvider": {"cookie_options": {"expires_days": None, "samesite": "Lax"}},
-        "MappingKernelManager": {"cull_idle_timeout": 300, "cull_interval": 60, "cull_connected": False},
+        "KernelManager": {"transport": "ipc"},  # in a folder of the owner, not a socket that others can reach
+        "MappingKernelManager": {"cull_idle_timeout": 60, "cull_interval": 10, "cull_connected": False},
     })  # fmt: skip
 
 
