@@ -65,6 +65,8 @@ def serve(base: str, plugs: Sequence[tuple[str, str]], number: int = 0, browser:
     server = Server(config=_config(token, f"{HOST}:{sockets[0].getsockname()[1]}"))
     server.sockets, server.with_browser = sockets, browser
     server.initialize([])
+    # On every start it warns that a ping's time-out, which jupyter_server sets, is longer than its interval.
+    logging.getLogger("tornado.general").setLevel(logging.ERROR)
     server.start()
 
 
