@@ -12,8 +12,10 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from tornado.httpserver import HTTPServer
+from tornado.httputil import HTTPServerRequest
 from tornado.ioloop import IOLoop
 from tornado.netutil import bind_sockets
 from tornado.routing import AnyMatches, HostMatches
@@ -62,7 +64,7 @@ def serve(base: str, plugs: Sequence[tuple[str, str]], number: int = 0, browser:
         raise ChassisError(f"port {number} cannot be had ({error.strerror}): choose another, or 0") from None
     _environment(base, folders)
     token = secrets.token_urlsafe(32)
-    server = Server(config=_config(token, f"{HOST}:{sockets[0].getsockname()[1]}"))
+    server = Server.instance(config=_config(token, f"{HOST}:{sockets[0].getsockname()[1]}"))
     server.sockets, server.with_browser = sockets, browser
     server.initialize([])
     # On every start it warns that a ping's time-out, which jupyter_server sets, is longer than its interval.
@@ -100,6 +102,15 @@ def _config(token: str, address: str) -> Config:
     })  # fmt: skip
 
 
+class Curt:
+    """What is told when a request fails: a line, of no template."""
+
+    def write_error(self, status_code: int, **_: Any) -> None:
+        """Say what to do."""
+        self.set_header("Content-Type", "text/plain; charset=utf-8")
+        self.finish(f"{status_code}: open the address that `chassis port` printed\n")
+
+
 class Page(TornadoVoilaHandler):
     """The one page: for who brings the token, at an address that does not tell it again."""
 
@@ -116,11 +127,6 @@ class Page(TornadoVoilaHandler):
             return self.redirect(self.base_url)  # the cookie is set: neither history nor kernel sees the token
         await super().get()
 
-    def write_error(self, status_code: int, **_: Any) -> None:
-        """A line of text."""
-        self.set_header("Content-Type", "text/plain; charset=utf-8")
-        self.finish(f"{status_code}: open the address that `chassis port` printed\n")
-
 
 class Channels(VoilaKernelWebsocketHandler):
     """A page's way to its kernel, which ends when the page has gone, whatever it was writing."""
@@ -136,6 +142,14 @@ class Channels(VoilaKernelWebsocketHandler):
             await manager.shutdown_kernel(kernel, now=True)
 
 
+class Here(HostMatches):
+    """Requests to this machine by its own name, for nothing above where they begin."""
+
+    def match(self, request: HTTPServerRequest) -> dict[str, Any] | None:
+        """None for a foreign name, as of a page that made its name mean this machine, and for paths that climb."""
+        return None if ".." in unquote(request.path) else super().match(request)
+
+
 class Server(Voila):
     """Voilà with the routes that the page needs, for requests to this machine by its own name, and no others."""
 
@@ -148,10 +162,10 @@ class Server(Voila):
                 "MultiStaticFileHandler": None, "FileFindHandler": None, "TornadoVoilaHandler": Page}  # fmt: skip
         routes = []
         for path, handler, *more in super().init_handlers():
-            if handler.__name__ in kept:
-                routes.append((path, kept[handler.__name__] or handler, *more))
-        own = (HostMatches(rf"^({re.escape(HOST)}|localhost)$"), routes)
-        return [own, (AnyMatches(), ErrorHandler, {"status_code": 421})]
+            if (name := handler.__name__) in kept:
+                path = path.replace("templates/(.*)", r"templates/(chassis/static/.+)")
+                routes.append((path, type(name, (Curt, kept[name] or handler), {}), *more))
+        return [(Here(rf"^({re.escape(HOST)}|localhost)$"), routes), (AnyMatches(), ErrorHandler, {"status_code": 403})]
 
     def listen(self) -> None:
         """Say where the page is, and serve it until the end."""
