@@ -38,8 +38,8 @@ SECRET = re.compile("KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 GONE = 3  # seconds without a page after which its kernel is ended
 # Nothing from elsewhere, whatever a page may ask for. Widgets and figures are made by scripts that write code.
 POLICY = {
-    "default-src": "'self'", "script-src": "'self' 'unsafe-inline' 'unsafe-eval'", "style-src": "'self' 'unsafe-inline'",
-    "img-src": "'self' data: blob:", "font-src": "'self' data:", "connect-src": "'self' ws://{address}",
+    "default-src": "'self'", "script-src": "'self' 'unsafe-inline' 'unsafe-eval'",
+    "style-src": "'self' 'unsafe-inline'", "img-src": "'self' data: blob:", "font-src": "'self' data:", "connect-src": "'self' ws://{address}",
     "frame-ancestors": "'self'", "object-src": "'none'", "base-uri": "'none'", "form-action": "'none'",
 }  # fmt: skip
 

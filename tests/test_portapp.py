@@ -30,7 +30,11 @@ from command import main
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "<i>chain</i>"  # of a plug, which a page must not take for markup
 HOSTILE = "<svg onload=alert(1)>"  # no token twice
-SECRETS = {"OPENAI_API_KEY": "sk-never-to-be-seen", "HF_TOKEN": "hf-never-to-be-seen", "db_password": "never-to-be-seen"}
+SECRETS = {
+    "OPENAI_API_KEY": "sk-never-to-be-seen",
+    "HF_TOKEN": "hf-never-to-be-seen",
+    "db_password": "never-to-be-seen",
+}
 
 
 @pytest.fixture(scope="module")
@@ -182,16 +186,25 @@ def test_nothing_without_the_token(served: Served) -> None:
         status, headers, text = served.ask(path)
         assert status in (403, 404) and "username" not in headers.get("set-cookie", ""), (path, headers)
         assert "kernel" not in text.lower() and len(text) < 200, path
-    for wrong in ({"Authorization": "token wrong"}, {"Cookie": "username-127-0-0-1=user"}, {"Authorization": "Basic eDp5"}):
+    for wrong in (
+        {"Authorization": "token wrong"},
+        {"Cookie": "username-127-0-0-1=user"},
+        {"Authorization": "Basic eDp5"},
+    ):
         assert served.ask("/", **wrong)[0] == 403
     assert served.ask(kernel, "DELETE")[0] == 403
     assert not served.kernels()
 
 
 def test_a_foreign_name_of_this_machine_is_refused(served: Served, cookie: str) -> None:
-    """A page elsewhere whose name is made to mean this machine (DNS rebinding) gets nothing, though it had the token."""
+    """A page elsewhere whose name is made to mean this machine (DNS rebinding) gets nothing, even with the token."""
     for path in (f"/?token={served.token}", "/", "/voila/static/voila.js", f"/api/kernels/{uuid.uuid4()}"):
-        for host in ("evil.example", f"evil.example:{served.port}", f"127.0.0.1.evil.example:{served.port}", "10.0.0.1"):
+        for host in (
+            "evil.example",
+            f"evil.example:{served.port}",
+            f"127.0.0.1.evil.example:{served.port}",
+            "10.0.0.1",
+        ):
             status, headers, text = served.ask(path, Host=host, Cookie=cookie)
             assert status == 403 and "set-cookie" not in headers and len(text) < 200, (path, host)
     assert served.ask("/voila/static/voila.js", Host=f"localhost:{served.port}")[0] == 200
@@ -211,7 +224,11 @@ def test_no_file_is_served(served: Served, cookie: str) -> None:
     here = [f"/{name}" for name in ("port.ipynb", "port.css", "tree", "api/contents", "voila/api/contents/", "files/x")]
     there = [f"/voila/files/{name}" for name in ("port.ipynb", "port.css", "../portapp.py", "%2e%2e/portapp.py")]
     for root in ("static", "labextensions", "templates/chassis/static", "templates/..", "files", "api/themes"):
-        there += [f"/voila/{root}/{up}{ROOT}/pyproject.toml", f"/voila/{root}/%2e%2e/%2e%2e/port.ipynb", f"/voila/{root}//etc/passwd"]
+        there += [
+            f"/voila/{root}/{up}{ROOT}/pyproject.toml",
+            f"/voila/{root}/%2e%2e/%2e%2e/port.ipynb",
+            f"/voila/{root}//etc/passwd",
+        ]
     there += ["/voila/templates/chassis/index.html.j2", "/voila/templates/../app/port.ipynb", "/voila/templates/"]
     for path in here + there:
         status, _, text = served.ask(path, Cookie=cookie)
@@ -283,7 +300,9 @@ def bars(page: Any) -> str:
 def test_it_fits_the_window(opened: Opened, width: int) -> None:
     page = opened.page
     page.set_viewport_size({"width": width, "height": 900})
-    page.wait_for_function(f"document.querySelector('.chassis-port .main-svg').getBoundingClientRect().right <= {width}")
+    page.wait_for_function(
+        f"document.querySelector('.chassis-port .main-svg').getBoundingClientRect().right <= {width}"
+    )
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     for kind in ("button", "textarea", ".noUi-target", ".chassis-panel"):
         for box in (one.bounding_box() for one in page.locator(f".chassis-page {kind}").all()):
