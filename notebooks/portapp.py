@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import html
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 
 from chassis_utils import Adapter, ChassisError, LanguageModel, Port, Router, fit, harvest, load, probe_set
 from chassis_utils.tokens import token_bytes
-from plots import GREY, PALETTE, STYLES, style, template
+from plots import GREY, PALETTE, style, template
 
 #: Plugs that are there without a folder: name -> (expert, bundled text of its domain).
 DOMAINS = {"math": ("pocket-math", "math-text"), "shakespeare": ("pocket-shakespeare", "verse")}
@@ -50,11 +52,10 @@ def next_tokens(said: Mapping[str, torch.Tensor], tokenizer: Any, tokens: int = 
     labels, names = [html.escape(piece, quote=False) for piece in pieces], [*said]
     figure = go.Figure(layout={"barmode": "group", "bargap": 0.28, "bargroupgap": 0.08, "height": 440})
     for name, probabilities in said.items():
-        shown = html.escape(name, quote=False)
         figure.add_bar(
-            x=probabilities[chosen].tolist(), y=[*range(tokens)], name=shown, orientation="h", customdata=labels,
-            marker={"color": colour(name, names), "line": {"width": 0}},
-            hovertemplate=f"<b>%{{customdata}}</b><br>{shown} %{{x:.1%}}<extra></extra>")  # fmt: skip
+            x=probabilities[chosen].tolist(), y=[*range(tokens)], orientation="h", customdata=labels,
+            name=html.escape(name, quote=False), marker={"color": colour(name, names), "line": {"width": 0}},
+            hovertemplate="<b>%{customdata}</b><br>%{fullData.name} %{x:.1%}<extra></extra>")  # fmt: skip
     ticks = {"tickvals": [*range(tokens)], "ticktext": labels, "range": [tokens - 0.5, -0.5], "showgrid": False}
     return figure.update_layout(
         template=template, yaxis=ticks | {"tickfont": {"size": 13, "family": "ui-monospace, monospace"}},
@@ -84,6 +85,8 @@ class PortApp(widgets.VBox):
         self, base: LanguageModel, plugs: Mapping[str, Adapter | str], experts: Mapping[str, LanguageModel],
         router: Router | None = None,
     ) -> None:  # fmt: skip
+        if reserved := {BARE, ADAPTED} & {*plugs}:
+            raise ChassisError(f"no plug may be named '{min(reserved)}': choose another name")
         # A port that writes refuses changes: the figure has ports of its own, which share every weight with these.
         self.looks, self.pens = ({n: Port(m) for n, m in {BARE: base, **experts, ADAPTED: base}.items()} for _ in "12")
         for port in (self.looks[ADAPTED], self.pens[ADAPTED]):
@@ -92,19 +95,17 @@ class PortApp(widgets.VBox):
                 port.plug(name, plug)
         self.base, self.writer, self.leave = base, None, threading.Event()
         self.prompt = widgets.Textarea(PROMPT, description="Prompt", continuous_update=False, rows=4)
-        self.checks = {name: widgets.Checkbox(True, description=name, indent=False) for name in plugs}
-        self.weights = {name: _slider(1.0, 0.0, 2.0, 0.05, name) for name in plugs}
+        first = next(iter(plugs), None)  # alone: two at full weight say neither's text well
+        self.checks = {name: widgets.Checkbox(name == first, description=name, indent=False) for name in plugs}
+        weight = {"min": 0.0, "max": 2.0, "step": 0.05, "readout_format": ".2f", "continuous_update": False}
+        self.weights = {name: widgets.FloatSlider(1.0, tooltip=f"weight of {name}", **weight) for name in plugs}
         self.tokens = widgets.IntSlider(96, 8, 256, 8, description="Tokens", continuous_update=False)
-        self.route, self.write, self.stop = (
-            widgets.Button(description=name, icon=icon, tooltip=tip, button_style=look)
-            for name, icon, tip, look in (
-                ("Route", "", "use the plug that the prompt is for", ""),
-                ("Write", "", "let all of them write on", "primary"),
-                ("Stop", "", "end the texts", "")))  # fmt: skip
-        self.stop.disabled, self.route.disabled = True, router is None
+        tips = {"Route": "use the plug that the prompt is for", "Write": "let all write on", "Stop": "end the texts"}
+        buttons = (widgets.Button(description=name, tooltip=tip) for name, tip in tips.items())
+        self.route, self.write, self.stop = buttons
+        self.write.button_style, self.stop.disabled, self.route.disabled = "primary", True, router is None
         self.choice, self.error, self.apart = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.figure, self.panels = widgets.Output(), {name: widgets.HTML() for name in self.pens}
-        self.only_one_is_best()
         for one in (self.prompt, *self.checks.values(), *self.weights.values()):
             one.observe(lambda _: self.draw(), "value")
         self.route.on_click(lambda _: self.routed())
@@ -113,11 +114,6 @@ class PortApp(widgets.VBox):
         super().__init__([self.controls(), self.texts()])
         self.add_class("chassis-port")
         self.draw()
-
-    def only_one_is_best(self) -> None:
-        """Begin with the first plug alone: two at full weight say neither's text well."""
-        for check in [*self.checks.values()][1:]:
-            check.value = False
 
     def controls(self) -> widgets.Widget:
         """What is set on the left, what follows from it on the right."""
@@ -143,9 +139,9 @@ class PortApp(widgets.VBox):
         chosen = {name: self.weights[name].value for name, check in self.checks.items() if check.value}
         return {name: weight for name, weight in chosen.items() if weight} or None
 
-    def told(self, error: Exception | str = "") -> None:
+    def told(self, error: ChassisError | None = None) -> None:
         """Show what was wrong, in a line, or nothing."""
-        self.error.value = plain(str(error), "error", "alert") if str(error) else ""
+        self.error.value = plain(str(error), "error", "alert") if error else ""
 
     def draw(self) -> None:
         """The figure for what is set now."""
@@ -155,7 +151,7 @@ class PortApp(widgets.VBox):
         except ChassisError as error:
             return self.told(error)
         figure = next_tokens(said, self.base.tokenizer).to_plotly_json()
-        data = {"application/vnd.plotly.v1+json": figure | {"config": STYLES.get("config", {"responsive": True})}}
+        data = {"application/vnd.plotly.v1+json": figure | {"config": {"responsive": True}}}
         self.figure.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
         lines = [f"from {name}: {BARE} {kl(own, said[BARE]):.2f}, {ADAPTED} {kl(own, said[ADAPTED]):.2f} nats"
                  for name, own in said.items() if name not in (BARE, ADAPTED)]  # fmt: skip
@@ -170,9 +166,8 @@ class PortApp(widgets.VBox):
         except ChassisError as error:
             return self.told(error)
         name = row["choice"] or "none"
-        where = f"{row['distance']:.2f} of the limit from what is known"
-        say = f"{row['choice'] or BARE}: {row[name]:.1%} sure, {where}"
-        self.choice.value = plain(say, "note", "status")
+        where = f"{row[name]:.1%} sure, {row['distance']:.2f} of the limit from what is known"
+        self.choice.value = plain(f"{row['choice'] or BARE}: {where}", "note", "status")
         for other, check in self.checks.items():
             check.value = other == name
         if name in self.weights:
@@ -231,16 +226,30 @@ def quickly(base: LanguageModel, say: Any = print) -> tuple[dict, dict, Router]:
     plugs = {}
     for name, expert in experts.items():
         say(f"fitting an adapter for {expert.name} ({len(plugs) + 1} of {len(experts)})")
-        passages = probe_set(DOMAINS[name][1], n=QUICK["n"])
-        plugs[name] = fit(harvest(base, expert, passages, "all", progress=False), lam=QUICK["lam"])
+        plugs[name] = kept(base, expert, DOMAINS[name][1])
     say("fitting the router")
-    return plugs, experts, routed(base, [*plugs])
+    return plugs, experts, known(base, [*plugs])
 
 
-def routed(base: LanguageModel, names: list[str]) -> Router | None:
+def kept(base: LanguageModel, expert: LanguageModel, text: str) -> Adapter:
+    """An adapter fitted on a few passages; where a server keeps them, the one that an earlier page fitted."""
+    store = os.environ.get("CHASSIS_KEPT")
+    folder = Path(store, f"{base.revision}-{expert.revision}") if store else None
+    if folder and folder.is_dir():
+        return Adapter.load(folder, base)
+    passages = probe_set(text, n=QUICK["n"])
+    adapter = fit(harvest(base, expert, passages, "all", progress=False), lam=QUICK["lam"])
+    if folder:
+        adapter.save(part := folder.with_suffix(f".{os.getpid()}"))
+        with suppress(OSError):  # another page was first
+            part.rename(folder)
+    return adapter
+
+
+def known(base: LanguageModel, names: list[str]) -> Router | None:
     """A router for the plugs among `names` whose domain is bundled; None where there is none."""
-    known = {name: probe_set(DOMAINS[name][1], n=24) for name in names if name in DOMAINS}
-    return Router.fit(base, known, [probe_set(name, n=n) for name, n in REST.items()]) if known else None
+    sets = {name: probe_set(DOMAINS[name][1], n=24) for name in names if name in DOMAINS}
+    return Router.fit(base, sets, [probe_set(name, n=n) for name, n in REST.items()]) if sets else None
 
 
 def folders(base: LanguageModel, plugs: Mapping[str, str]) -> tuple[dict, dict, Router | None]:
@@ -248,7 +257,7 @@ def folders(base: LanguageModel, plugs: Mapping[str, str]) -> tuple[dict, dict, 
     found = {name: Adapter.load(folder, base) for name, folder in plugs.items()}
     names = {name: adapter.info.get("expert") for name, adapter in found.items()}
     experts = {name: load(expert) for name, expert in names.items() if expert in BASES}
-    return found, experts, routed(base, [*found])
+    return found, experts, known(base, [*found])
 
 
 def app(base: str = BASES[0], plugs: Mapping[str, str] | None = None) -> widgets.Widget:
@@ -286,11 +295,6 @@ def app(base: str = BASES[0], plugs: Mapping[str, str] | None = None) -> widgets
     page = widgets.VBox([look, widgets.HTML(title), choice, progress, space])
     page.add_class("chassis-page")
     return page
-
-
-def _slider(value: float, low: float, high: float, step: float, name: str) -> widgets.FloatSlider:
-    return widgets.FloatSlider(value, min=low, max=high, step=step, readout_format=".2f", continuous_update=False,
-                               tooltip=f"weight of {name}")  # fmt: skip
 
 
 def _box(kind: str, *children: widgets.Widget) -> widgets.Box:

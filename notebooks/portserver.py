@@ -39,7 +39,8 @@ GONE = 3  # seconds without a page after which its kernel is ended
 # Nothing from elsewhere, whatever a page may ask for. Widgets and figures are made by scripts that write code.
 POLICY = {
     "default-src": "'self'", "script-src": "'self' 'unsafe-inline' 'unsafe-eval'",
-    "style-src": "'self' 'unsafe-inline'", "img-src": "'self' data: blob:", "font-src": "'self' data:", "connect-src": "'self' ws://{address}",
+    "style-src": "'self' 'unsafe-inline'", "img-src": "'self' data: blob:",
+    "font-src": "'self' data:", "connect-src": "'self' ws://{address}",
     "frame-ancestors": "'self'", "object-src": "'none'", "base-uri": "'none'", "form-action": "'none'",
 }  # fmt: skip
 
@@ -172,6 +173,7 @@ class Server(Voila):
         token, address = self.token, f"http://{HOST}:{self.sockets[0].getsockname()[1]}/"
         for handler in (*self.log.handlers, *logging.getLogger().handlers, logging.lastResort):
             handler.addFilter(lambda record: _without(record, token))
+        os.environ["CHASSIS_KEPT"] = self.connection_dir  # what one page has fitted, until the end
         HTTPServer(self.app).add_sockets(self.sockets)
         print(f"the port is at {address}?token={token}  (Ctrl-C ends it)", flush=True)
         if self.with_browser:
