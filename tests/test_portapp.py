@@ -50,7 +50,7 @@ def math(base: LanguageModel) -> Adapter:
 
 @pytest.fixture(scope="module")
 def chain(base: LanguageModel) -> Adapter:
-    """With it the base writes HOSTILE behind its first token: it reads the embedding of a token and tells the next."""
+    """With it the base writes HOSTILE behind a space: it reads the embedding of a token and tells the next."""
     ids = base.tokenizer(HOSTILE, add_special_tokens=False)["input_ids"]
     known = {one: after for one, after in zip(ids, ids[1:], strict=False)}
     down = torch.linalg.pinv(base.model.get_input_embeddings().weight[[*known]].detach().float())
@@ -365,9 +365,9 @@ def test_what_a_model_writes_is_shown_and_never_run(opened: Opened) -> None:
     page = opened.page
     page.get_by_role("checkbox", name="math").uncheck()
     page.get_by_role("checkbox", name=NAME).check()
-    page.locator(".chassis-page textarea").fill("A page is written like this: <")
+    page.locator(".chassis-page textarea").fill("A page is written like this: ")  # its last token is the first of HOSTILE
     page.get_by_role("button", name="Write").click()
-    soon(lambda: HOSTILE[1:] in panel(page, "port"))
+    soon(lambda: HOSTILE in panel(page, "port"))
     soon(page.get_by_role("button", name="Write").is_enabled)
     assert not page.locator(".chassis-panel svg, .chassis-page i, .chassis-page script").count()
     assert not opened.faults, "an alert, say"
