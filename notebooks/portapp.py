@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -240,9 +239,7 @@ def kept(base: LanguageModel, expert: LanguageModel, text: str) -> Adapter:
     passages = probe_set(text, n=QUICK["n"])
     adapter = fit(harvest(base, expert, passages, "all", progress=False), lam=QUICK["lam"])
     if folder:
-        adapter.save(part := folder.with_suffix(f".{os.getpid()}"))
-        with suppress(OSError):  # another page was first
-            part.rename(folder)
+        adapter.save(folder)  # there whole or not at all
     return adapter
 
 

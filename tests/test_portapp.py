@@ -365,7 +365,7 @@ def test_what_a_model_writes_is_shown_and_never_run(opened: Opened) -> None:
     page = opened.page
     page.get_by_role("checkbox", name="math").uncheck()
     page.get_by_role("checkbox", name=NAME).check()
-    page.locator(".chassis-page textarea").fill("A page is written like this: ")  # its last token is the first of HOSTILE
+    page.locator(".chassis-page textarea").fill("A page begins: ")  # its last token is the first of HOSTILE
     page.get_by_role("button", name="Write").click()
     soon(lambda: HOSTILE in panel(page, "port"))
     soon(page.get_by_role("button", name="Write").is_enabled)
