@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_batch import PARAMETERS, project, write
 
-from chassis_utils import cli
+from chassis_utils import __version__, cli
 from chassis_utils.cli import main
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -71,6 +71,8 @@ def test_an_interrupt_leaves_no_half_written_notebook_and_no_kernel(tmp_path: Pa
         ["run", "--set", "=1"],
         ["run", "--set", "ranks=[1"],
         ["book", "x"],
+        ["port", "--port", "x"],
+        ["port", "--plug", "folder"],
     ],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +112,19 @@ def test_outside_a_clone_it_says_where_to_go(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "chassis_utils" / "cli.py"))
     assert main(["run"]) == 1
-    assert capsys.readouterr().err.endswith("run from inside a clone of the project\n")
+    told = capsys.readouterr().err
+    assert told.startswith("chassis: ") and told.endswith("run from inside a clone of the project\n")
+    assert told.count("\n") == 1
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"chassis {__version__}\n"
+
+
+def test_a_wrong_option_is_answered_before_anything_slow_is_imported() -> None:
+    slow = "torch|transformers|papermill|plotly|tornado|ipywidgets|pandas"
+    for option in ("--help", "--nonsense"):
+        command = [sys.executable, "-X", "importtime", *COMMAND[1:], "run", option]
+        told = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, check=False)
+        assert "usage: chassis" in told.stdout + told.stderr and not re.search(rf"\b({slow})\b", told.stderr)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

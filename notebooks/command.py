@@ -1,0 +1,90 @@
+"""CHASSIS: run notebooks, build the book, try the port in a browser."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from chassis_utils import __version__
+from chassis_utils.errors import ChassisError
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """`key=value`, the value read as YAML: `ranks=[1, 2]` is a list of integers."""
+    key, equals, value = text.partition("=")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"the value of {key!r} is no YAML: {value!r}") from None
+    if not equals or not key.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not key=value")
+    return key.strip(), parsed
+
+
+def _plug(text: str) -> tuple[str, str]:
+    """`name=folder`."""
+    name, _, folder = text.partition("=")
+    if not name.strip() or not folder.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not name=folder")
+    return name.strip(), folder.strip()
+
+
+def _port(text: str) -> int:
+    """A number that a port can have; 0 for a free one."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: give 0 to 65535")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; nothing slow is imported for it."""
+    whole = argparse.ArgumentParser(prog="chassis", description=__doc__)
+    whole.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = whole.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="execute notebooks into book/run/<profile>")
+    run.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="such as 01_exact_adapter; none means all")
+    run.add_argument("--profile", default="pocket", help="a block of notebooks/profiles.yml (default: pocket)")
+    run.add_argument("--set", dest="settings", type=_setting, action="append", default=[], metavar="KEY=VALUE")
+    run.add_argument("--out", metavar="DIR", help="write here instead")
+    book = commands.add_parser("book", help="build the HTML from executed notebooks")
+    book.add_argument("--profile", default="pocket", help="whose results (default: pocket)")
+    port = commands.add_parser("port", help="plugs, weights and a prompt, as a page on this machine alone")
+    port.add_argument("--base", default="pocket-base", help="bundled name, folder or hub id (default: pocket-base)")
+    port.add_argument("--plug", dest="plugs", type=_plug, action="append", default=[], metavar="NAME=FOLDER",
+                      help="an adapter that was saved; none: two are fitted on bundled text")  # fmt: skip
+    port.add_argument("--port", type=_port, default=0, metavar="N", help="of the page (default: a free one)")
+    port.add_argument("--no-browser", dest="browser", action="store_false", help="only print the address")
+    return whole
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 if all went well, 1: bad input or a failed notebook, 2: wrong usage, 130: interrupted.
+
+    Ctrl-C is how `port` ends, and no failure: 0.
+    """
+    options = parser().parse_args(argv)
+    try:
+        # What is imported here takes a second or more, which a wrong option need not wait for.
+        if options.command == "port":
+            import portserver
+
+            portserver.serve(options.base, options.plugs, options.port, options.browser)
+        elif options.command == "run":
+            import batch
+
+            batch.run(options.notebooks, options.profile, dict(options.settings), options.out)
+        else:
+            import batch
+
+            print(f"the book: {batch.build_book(options.profile).as_uri()}")
+    except ChassisError as error:
+        print(f"chassis: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("chassis: interrupted, what was finished is kept", file=sys.stderr)
+        return 130
+    return 0
