@@ -264,7 +264,7 @@ def label(choice: str, prompt: str) -> str:
     return f"{choice}: …{' '.join(prompt.split())[-26:]}"
 
 
-def overhead(port: Port, prompt: str, choices: Mapping[str, Weights], tokens: int = 16, rounds: int = 5) -> pd.Series:
+def overhead(port: Port, prompt: str, choices: Mapping[str, Weights], tokens: int = 8, rounds: int = 15) -> pd.Series:
     """Time of a greedy text of so many tokens over that of the first choice, the median of several rounds in turn.
 
     On a CPU it is the processor's time, which what else runs there changes least.
