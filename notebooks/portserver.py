@@ -8,9 +8,11 @@ import os
 import re
 import secrets
 import signal
+import subprocess
 import threading
 import webbrowser
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -177,6 +179,8 @@ class Server(Voila):
         for handler in (*self.log.handlers, *logging.getLogger().handlers, logging.lastResort):
             handler.addFilter(lambda record: _without(record, token))
         os.environ["CHASSIS_KEPT"] = self.connection_dir  # what one page has fitted, until the end
+        # A kernel that ends in the middle of an import has its last word, which is for nobody.
+        self.kernel_manager.start_kernel = partial(self.kernel_manager.start_kernel, stderr=subprocess.DEVNULL)
         HTTPServer(self.app).add_sockets(self.sockets)
         print(f"the port is at {address}?token={token}  (Ctrl-C ends it)", flush=True)
         if self.with_browser:
