@@ -12,15 +12,14 @@ import time
 from functools import partial
 from pathlib import Path
 
-import pandas as pd
 import torch
 from bench import quotients, setting, show, timed
 from corpora import text
 
 from chassis_utils import ChassisError, LanguageModel, Probes, Router, load, probe_set
+from porting import by_length
 from routes import confusion
 
-LENGTHS = (4, 8, 16, 32, 64)
 PACKAGE = Path(__file__).parents[1] / "chassis_utils"
 DOMAINS = {"pocket-math": "math", "pocket-shakespeare": "verse", None: "prose"}
 
@@ -67,28 +66,11 @@ def unseen(base: LanguageModel, n: int = 64) -> dict[str, Probes]:
     return {name: Probes(name, "text", tuple(texts)) for name, texts in found.items()}
 
 
-def cut(base: LanguageModel, probes: Probes, length: int) -> Probes | None:
-    """The first tokens of every prompt that has more of them; None where there is no such prompt."""
+def cut(base: LanguageModel, probes: Probes, length: int) -> Probes:
+    """The first tokens of every prompt that has more of them."""
     ids = (base.tokenizer(prompt, verbose=False)["input_ids"][1:] for prompt in probes.prompts)
     texts = dict.fromkeys(base.tokenizer.decode(one[:length]) for one in ids if len(one) > length)
-    kept = tuple(one for one in texts if one.strip())
-    return Probes(probes.name, probes.split, kept) if kept else None
-
-
-def by_length(router: Router, sets: dict[str, tuple[str | None, Probes]]) -> pd.DataFrame:
-    """Share sent where each set belongs, for its first tokens and for the whole."""
-    rows = {}
-    for name, (truth, probes) in sets.items():
-        given = {str(length): cut(router.base, probes, length) for length in LENGTHS} | {"whole": probes}
-        rows[name] = {length: share(router, truth, one) for length, one in given.items() if one}
-        rows[name]["n"] = len(probes)
-    return pd.DataFrame.from_dict(rows, orient="index")[[*map(str, LENGTHS), "whole", "n"]]
-
-
-def share(router: Router, truth: str | None, probes: Probes) -> float:
-    """The part of the prompts that is sent to `truth`."""
-    table = confusion(router, {truth: probes})
-    return float(table[truth or "none"].sum() / table.to_numpy().sum())
+    return Probes(probes.name, probes.split, tuple(one for one in texts if one.strip()))
 
 
 def cost(router: Router, probes: Probes) -> dict[str, list[float]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 import timeit
-from bisect import bisect_left
+from bisect import bisect, bisect_left
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from chassis_utils import Adapter, ChassisError, LanguageModel, Port, Probes, Router, token_bytes
 from chassis_utils.activations import batched
 from chassis_utils.metrics import BLOCK, ratio_bounds
+from chassis_utils.router import LENGTHS, _states
 from interventions import _told
 from likeliest import following
 from plots import GREY, PALETTE, _dropdowns, _figures, _finish, _numbers
@@ -25,16 +27,19 @@ from records import Records
 
 Document = Sequence[tuple[str, str]]  #: Parts of one text in order: side (whose text it is), and the text
 Weights = Mapping[str, float]  #: By side; one without a plug is the bare base's
-LENGTHS = (4, 8, 16, 32, 64)
+TOLD = (4, 8, 16, 32, 64)  #: First tokens of a prompt that a router is told of
 
 
-def alternating(sides: Mapping[str, Probes], parts: int = 3) -> list[Document]:
-    """Documents of so many parts, a passage each, of the sides in turn; every other one begins with the other side."""
-    turns = {side: iter(probes.prompts) for side, probes in sides.items()}
+def alternating(sides: Mapping[str, Probes], parts: int = 3, seam: str = "\n\n") -> list[Document]:
+    """Documents of so many parts, a passage each, of the sides in turn; every other one begins with the other side.
+
+    Behind each part is `seam`; with a single line break no blank line is left within the parts either.
+    """
+    turns = {side: (re.sub("\n{2,}", seam, one + "\n\n") for one in some.prompts) for side, some in sides.items()}
     orders = [[*sides], [*sides][::-1]]
     many = min(map(len, sides.values())) * len(sides) // parts
     return [
-        [(side, next(turns[side]) + "\n\n") for side in (orders[i % 2] * parts)[:parts]] for i in range(many)
+        [(side, next(turns[side])) for side in (orders[i % 2] * parts)[:parts]] for i in range(many)
     ]  # fmt: skip
 
 
@@ -152,7 +157,7 @@ def _by_document(frame: pd.DataFrame, values: pd.Series) -> torch.Tensor:
     return torch.tensor(values.groupby(frame["document"].to_numpy()).sum().to_numpy(), dtype=torch.float64)
 
 
-def over(frame: pd.DataFrame, choice: str, own: str = "routed") -> dict[str, float]:
+def over(frame: pd.DataFrame, choice: str, own: str = "filtered") -> dict[str, float]:
     """Bits of one choice over those of another for the same tokens of `company`, with 95% over documents."""
     mine, theirs = (frame[frame["choice"] == one] for one in (own, choice))
     sums = [_by_document(some, some["nats"]) for some in (mine, theirs)]
@@ -199,27 +204,101 @@ def routed(
     choice = dict(zip(asked, router(asked)["choice"], strict=True))
     chosen = pd.DataFrame(starts, columns=["document", "token"])
     chosen = chosen.assign(block=chosen.pop("token") // every, choice=[choice.get(text) or "base" for text in texts])
+    return _taken(frame, chosen, every, "routed")
+
+
+def _taken(frame: pd.DataFrame, chosen: pd.DataFrame, every: int, name: str) -> pd.DataFrame:
+    """The rows of `told` that `chosen` (`document, block, choice`) names, as those of the choice `name`."""
     found = frame[~frame["live"]].assign(block=frame["token"] // every).merge(chosen)
-    return found.assign(choice="routed").sort_values(["document", "token"], ignore_index=True)
+    return found.assign(choice=name).sort_values(["document", "token"], ignore_index=True)
+
+
+def distances(router: Router, documents: Sequence[Document], every: int = 8) -> torch.Tensor:
+    """How far each block of so many tokens is from each expert and from none: `(documents, blocks, experts + 1)`.
+
+    Squared Mahalanobis distances of the mean final state, all of a document read in one pass; none is the nearest of
+    the router's other classes, and never farther than its limit for so few tokens. Blocks that a document does not
+    fill are zeros.
+    """
+    texts, experts, found = tuple("".join(part for _, part in parts) for parts in documents), len(router.names), []
+    edge = router.slack * router.limit[bisect(LENGTHS, every, 1) - 1]
+    for _, states in sorted(_states(router.base, Probes("documents", "text", texts))):
+        states = torch.cat([states[: every - 1].mean(0, keepdim=True), states])  # the first tells of no text
+        blocks = states[: len(states) // every * every].unflatten(0, (-1, every)).mean(1)
+        far = torch.cdist(blocks @ router.whiten, router.means).square()
+        none = torch.cat([far[:, experts:], edge.expand(len(far), 1)], 1).amin(1, keepdim=True)
+        found.append(torch.cat([far[:, :experts], none], 1))
+    return torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+
+
+def beliefs(far: torch.Tensor, heat: float, switch: float) -> torch.Tensor:
+    """Whose each block is, told by those before it: the forward filter of a hidden Markov chain (Rabiner 1989).
+
+    Args:
+        far: `distances`.
+        heat: What variances are multiplied by: a block tells less than windows side by side, as blocks are alike.
+        switch: Probability that the next block is another's, for each of the others.
+
+    Returns:
+        Probabilities `(documents, blocks + 1, experts + 1)`, none last; all alike before the first block.
+
+    Raises:
+        ChassisError: `heat` is not positive, or a side is left more readily than it is kept.
+    """
+    sides = far.shape[-1]
+    if not (heat > 0 and 0 <= switch <= 1 / sides):
+        raise ChassisError(f"heat {heat}, switch {switch}: give heat above 0, and a switch from 0 to 1/{sides}")
+    move = torch.full((sides, sides), switch, dtype=far.dtype).fill_diagonal_(1 - (sides - 1) * switch)
+    belief = [torch.full_like(far[:, 0], 1 / sides)]
+    for block in far.unbind(1):
+        belief.append((belief[-1].log() - block / (2 * heat)).softmax(-1) @ move)
+    return torch.stack(belief, 1)
+
+
+def filtered(
+    frame: pd.DataFrame, router: Router, belief: torch.Tensor, choices: Mapping[str, Weights], every: int = 8
+) -> pd.DataFrame:  # fmt: skip
+    """Of the rows of `told`, at each token those of the choice whose weights are nearest to `beliefs` in its block.
+
+    Of the bare base and single plugs that is the likeliest; among mixtures, one that hedges.
+    """
+    weights = [[weights.get(name, 0.0) for name in router.names] for weights in choices.values()]
+    weights = torch.tensor([[*row, 1 - sum(row)] for row in weights], dtype=belief.dtype)
+    # Rounded, as of what is equally near the first listed counts.
+    nearest = torch.cdist(belief, weights, p=1).round(decimals=9).argmin(-1)
+    names, rows = [*choices], enumerate(nearest.tolist())
+    chosen = [(number, block, names[one]) for number, row in rows for block, one in enumerate(row)]
+    return _taken(frame, pd.DataFrame(chosen, columns=["document", "block", "choice"]), every, "filtered")
 
 
 def company(
-    frame: pd.DataFrame, router: Router, documents: Sequence[Document], window: int, fresh: bool
+    frame: pd.DataFrame, router: Router, documents: Sequence[Document], choices: Mapping[str, Weights],
+    reading: tuple[int, bool], chain: tuple[Sequence[str], float, float],
 ) -> pd.DataFrame:  # fmt: skip
-    """The rows of `told`, those `routed`, and as `oracle` those of each side's own plug; `right`: that is in use."""
-    own = frame["side"].where(frame["side"].isin(frame["choice"].unique()), "base")
-    frame = frame.assign(right=frame["choice"] == own)
-    oracle = frame[frame["right"]].assign(choice="oracle")
-    return pd.concat([frame, routed(frame, router, documents, window, fresh), oracle], ignore_index=True)
+    """The rows of `told`, those `routed` and those `filtered`, and as `oracle` those of each side's own plug.
+
+    `reading` is the router's window and `fresh`; `chain` names the choices the filter has, its heat and its switch.
+    The column `own` is the weight that the plug of the token's side has; of a side without one, that of the base.
+    """
+    own = [
+        (name, side, weights.get(side, 0.0) if side in choices else 1 - sum(weights.values()) + weights.get(side, 0.0))
+        for name, weights in choices.items() for side in frame["side"].unique()
+    ]  # fmt: skip
+    frame = frame.merge(pd.DataFrame(own, columns=["choice", "side", "own"]))
+    among, *settings = chain
+    belief = beliefs(distances(router, documents), *settings)
+    chosen = filtered(frame, router, belief, {name: choices[name] for name in among})
+    oracle = frame[frame["own"] == 1].assign(choice="oracle")
+    return pd.concat([frame, routed(frame, router, documents, *reading), chosen, oracle], ignore_index=True)
 
 
 def agents(frame: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
-    """Bits per byte by whose part it is, for those of `company` that `names` lists, and how often a route is right."""
+    """Bits per byte by whose part it is, for those of `company` that `names` lists, and their mean weight `own`."""
     rows = []
     for choice, name in names.items():
         some = frame[frame["choice"] == choice]
         row = {"in use": name, "all": bits(some)} | {side: bits(own) for side, own in some.groupby("side", sort=False)}
-        rows.append(row | {"right": some["right"].mean() if choice == "routed" else math.nan})
+        rows.append(row | {"own plug": some["own"].mean()})
     return pd.DataFrame(rows)
 
 
@@ -230,10 +309,11 @@ def by_length(router: Router, sets: Mapping[str, tuple[str | None, Probes]]) -> 
         if router.fitted_on & probes.fingerprints:
             raise ChassisError(f"'{probes.name}' holds passages that the router was fitted on: take other prompts")
         ids = [router.base.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in probes.prompts]
-        cut = {f"{n}": [router.base.tokenizer.decode(row[:n]) for row in ids if len(row) > n] for n in LENGTHS}
-        told = {n: router(some)["choice"].tolist() for n, some in (cut | {"whole": probes.prompts}).items() if some}
+        given = {f"{n}": [router.base.tokenizer.decode(row[:n]) for row in ids if len(row) > n] for n in TOLD}
+        given = {n: [text for text in some if text.strip()] for n, some in given.items()} | {"whole": probes.prompts}
+        told = {n: router(some)["choice"].tolist() for n, some in given.items() if some}
         rows[name] = {n: choices.count(truth) / len(choices) for n, choices in told.items()} | {"n": len(probes)}
-    return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=[*map(str, LENGTHS), "whole", "n"])
+    return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=[*map(str, TOLD), "whole", "n"])
 
 
 def likely(
@@ -355,24 +435,25 @@ def over_weights(table: pd.DataFrame, sides: Sequence[str], quantity: str = "KL 
     return lines([*map(float, alphas)], looks, quantities, "Two plugs, mixed", f"{alt}.", quantity, **axis)
 
 
-def since_switch(frame: pd.DataFrame, methods: Mapping[str, str], quantity: str = "both") -> go.Figure:
-    """Bits per byte against the tokens since a part began, one line a method; a menu over whose text it is."""
+def since_switch(frames: Mapping[str, pd.DataFrame], methods: Mapping[str, str], quantity: str = "") -> go.Figure:
+    """Bits per byte against the tokens since a part began, one line a method; a menu of texts and whose parts of it."""
     edges = [0, 8, 16, 24, 32, 64, 10**6]
     names = [f"{a}–{b - 1}" for a, b in pairwise(edges[:-1])] + [f"{edges[-2]}+"]
-    frame = frame.assign(bin=pd.cut(frame["since"], edges, right=False, labels=names))
     looks = {name: {"color": GREY if method == "base" else PALETTE[i], "dash": "dash" if method == "base" else "solid"}
              for i, (method, name) in enumerate(methods.items())}  # fmt: skip
     quantities = {}
-    for side in ("both", *dict.fromkeys(frame["side"])):
-        some = frame if side == "both" else frame[frame["side"] == side]
-        sums = some.groupby(["choice", "bin"], observed=False)[["nats", "bytes"]].sum()
-        told = (sums["nats"] / sums["bytes"] / math.log(2)).unstack("bin")[names]
-        quantities[f"{side}" if side == "both" else f"{side} parts"] = (
-            "bits per byte", {name: told.loc[method].tolist() for method, name in methods.items()})  # fmt: skip
-    shown = quantities["both"][1]
-    alt = "Bits per byte by tokens since a part began. " + "; ".join(
+    for text, frame in frames.items():
+        frame = frame.assign(bin=pd.cut(frame["since"], edges, right=False, labels=names))
+        for side in ("", *dict.fromkeys(frame["side"])):
+            some = frame[frame["side"] == side] if side else frame
+            sums = some.groupby(["choice", "bin"], observed=False)[["nats", "bytes"]].sum()
+            told = (sums["nats"] / sums["bytes"] / math.log(2)).unstack("bin")[names]
+            found = {name: told.loc[method].tolist() for method, name in methods.items()}
+            quantities[f"{text}: {side} parts" if side else text] = ("bits per byte", found)
+    quantity = quantity or next(iter(quantities))
+    alt = f"Bits per byte of {quantity} by tokens since a part began. " + "; ".join(
         f"{name}: {_figures(values[0])} in the first eight, {_figures(values[-1])} at the end"
-        for name, values in shown.items()
+        for name, values in quantities[quantity][1].items()
     )
     axis = {"type": "category", "title_text": "tokens since the part began"}
     return lines(names, looks, quantities, "From the seam on", f"{alt}.", quantity, **axis)

@@ -239,7 +239,7 @@ class _Rules(Evidence):
     def port(self) -> Decision:
         right = self.all("ratio", "router", split="text")
         rivals = ("identity", "fixed_plug", "fixed_mixture")
-        most = [high for rival in rivals for high in self.all("ratio", f"routed_over_{rival}", "high", split="text")]
+        most = [high for rival in rivals for high in self.all("ratio", f"filtered_over_{rival}", "high", split="text")]
         return min(right) >= 0.95 and max(most) < 1, False
 
 
