@@ -24,6 +24,7 @@ from interventions import _told
 from likeliest import following
 from plots import GREY, PALETTE, _dropdowns, _figures, _finish, _numbers
 from records import Records
+from serving import vllm_refuses
 
 Document = Sequence[tuple[str, str]]  #: Parts of one text in order: side (whose text it is), and the text
 Weights = Mapping[str, float]  #: By side; one without a plug is the bare base's
@@ -371,16 +372,18 @@ def swap(port: Port, *choices: str | None) -> float:
 
 
 def exported(base: LanguageModel, plugs: Mapping[str, Adapter]) -> pd.DataFrame:
-    """What `to_peft` says to each adapter: how much it writes, or why it cannot."""
+    """What `to_peft` says to each adapter, how much it writes or why it cannot, and what vLLM would say to that."""
     rows = []
     with TemporaryDirectory() as folder:
         for name, plug in plugs.items():
             row = {"kind": name, "rank": plug.rank, "edits": len(plug.edits), "reads": ", ".join(map(str, plug.reads))}
             try:
-                size = sum(file.stat().st_size for file in plug.to_peft(Path(folder, name), base).iterdir())
-                rows.append(row | {"to peft": f"a LoRA of the head, {size / 1e6:.1f} MB"})
+                place = plug.to_peft(Path(folder, name), base)
+                size = sum(file.stat().st_size for file in place.iterdir())
+                vllm = "; ".join(why.partition(": ")[0] for why in vllm_refuses(place, 64)) or "takes it"
+                rows.append(row | {"to peft": f"a LoRA of the head, {size / 1e6:.1f} MB", "vLLM, rank up to 64": vllm})
             except ChassisError as error:
-                rows.append(row | {"to peft": f"no: {error}"})
+                rows.append(row | {"to peft": f"no: {error}", "vLLM, rank up to 64": "–"})
     return pd.DataFrame(rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -190,8 +191,9 @@ def test_the_router_is_asked_about_nothing_that_follows(base: LanguageModel, por
 
 def test_an_oracle_takes_each_sides_own_plug_and_ratios_are_of_the_same_tokens(port: Port, router: Router) -> None:
     documents = porting.alternating(VAL)[:3]
-    said = porting.told(port, documents, {"base": {}, "math": {"math": 1.0}})  # verse is the bare base's
-    told = porting.company(said, router, documents, 32, True)
+    choices = {"base": {}, "math": {"math": 1.0}}  # verse is the bare base's
+    said = porting.told(port, documents, choices)
+    told = porting.company(said, router, documents, choices, (32, True), ([*choices], 1.0, 0.1))
     oracle = told[told["choice"] == "oracle"].set_index(["document", "token"])
     for side, choice in (("math", "math"), ("verse", "base")):
         own = said[(said["choice"] == choice) & (said["side"] == side)].set_index(["document", "token"])
@@ -203,9 +205,71 @@ def test_an_oracle_takes_each_sides_own_plug_and_ratios_are_of_the_same_tokens(p
     )
     assert ratio["low"] < ratio["value"] < ratio["high"]
     assert porting.over(told, "base", "base") == pytest.approx({"value": 1.0, "low": 1.0, "high": 1.0})
-    shown = porting.agents(told, {"math": "math always", "routed": "routed"}).set_index("in use")
+    names = {"math": "math always", "routed": "routed", "filtered": "filtered", "oracle": "oracle"}
+    shown = porting.agents(told, names).set_index("in use")
     assert shown.loc["math always", "all"] == pytest.approx(porting.bits(said[said["choice"] == "math"]))
-    assert math.isnan(shown.loc["math always", "right"]) and 0 <= shown.loc["routed", "right"] <= 1
+    assert shown.loc["oracle", "own plug"] == 1 and 0 < shown.loc["filtered", "own plug"] < 1
+    assert shown.loc["math always", "own plug"] == pytest.approx((said["side"] == "math").mean())
+
+
+def chain(far: torch.Tensor, heat: float, switch: float) -> torch.Tensor:
+    """The probability of each side before each block, summed over all paths of one document."""
+    blocks, sides = far.shape
+    found = []
+    for length in range(blocks + 1):
+        weight = torch.zeros(sides, dtype=torch.float64)
+        for path in itertools.product(range(sides), repeat=length + 1):
+            moves = [1 - (sides - 1) * switch if a == b else switch for a, b in itertools.pairwise(path)]
+            says = [math.exp(-float(far[i, side]) / (2 * heat)) for i, side in enumerate(path[:-1])]
+            weight[path[-1]] += math.prod(moves) * math.prod(says) / sides
+        found.append(weight / weight.sum())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(("heat", "switch"), [(1.0, 0.1), (0.5, 0.25), (4.0, 0.0), (1.0, 1 / 3)])
+def test_the_filter_is_the_sum_over_all_paths(heat: float, switch: float) -> None:
+    far = 3 * torch.rand(2, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = porting.beliefs(far, heat, switch)
+    assert torch.allclose(found, torch.stack([chain(one, heat, switch) for one in far]))
+    if switch == 1 / 3:  # what was read tells nothing of the next block
+        assert torch.allclose(found, torch.full_like(found, 1 / 3))
+    later = far.clone()
+    later[:, 2:] += 5 * torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(porting.beliefs(later, heat, switch)[:, :3], found[:, :3])  # nothing of what follows
+    for wrong in ((0.0, 0.1), (1.0, -0.1), (1.0, 0.4)):
+        with refused("heat", "switch"):
+            porting.beliefs(far, *wrong)
+
+
+def test_blocks_are_as_far_as_the_router_says_of_their_mean_state(base: LanguageModel, router: Router) -> None:
+    documents = porting.alternating(VAL, seam="\n")[:2]
+    assert not any("\n\n" in text for parts in documents for _, text in parts)
+    far = porting.distances(router, documents)
+    ids, _ = porting.placed(base, documents)
+    for number, row in enumerate(ids):
+        with torch.inference_mode():
+            states = base.model.model(torch.tensor([row])).last_hidden_state[0].double()
+        for block in (0, 1, len(row) // 8 - 1):
+            mean = states[max(1, 8 * block) : 8 * block + 8].mean(0)
+            squares = ((mean @ router.whiten - router.means) ** 2).sum(1)
+            edge = router.slack * router.limit[1]
+            wanted = [*squares[:2].tolist(), float(min(edge, squares[2:].min()))]
+            assert far[number, block].tolist() == pytest.approx(wanted, rel=1e-3)
+
+
+def test_the_filter_takes_the_weights_that_are_nearest(port: Port, router: Router) -> None:
+    documents = porting.alternating(VAL)[:1]
+    choices = {"base": {}, "0.5": {"math": 0.5, "verse": 0.5}, "math": {"math": 1.0}, "verse": {"verse": 1.0}}
+    said = porting.told(port, documents, choices)
+    blocks = -(-(said["token"].max() + 1) // 8)
+    belief = torch.tensor([[0.9, 0.1, 0.0], [0.5, 0.4, 0.1], [0.1, 0.1, 0.8], [0.0, 1.0, 0.0]]).double()
+    belief = belief[[0, 1, 2, 3] * int(blocks // 4 + 1)][None, :blocks]
+    found = porting.filtered(said, router, belief, choices)
+    assert len(found) == len(said) / len(choices)
+    merged = found.merge(said, on=["document", "token"], suffixes=("", "_told"))
+    for at, choice in enumerate(("math", "0.5", "base", "verse")):
+        here = merged[(merged["token"] // 8 % 4 == at) & (merged["choice_told"] == choice)]
+        assert len(here) and here["nats"].tolist() == here["nats_told"].tolist()
 
 
 def test_shares_by_length_end_in_those_of_whole_passages(router: Router) -> None:
@@ -290,10 +354,11 @@ def test_the_figure_from_the_seam_on_counts_every_token_once() -> None:
     rows = [("base", "math", since, 2.0 * math.log(2), 1) for since in range(80)]
     rows += [("base", "verse", since, 4.0 * math.log(2), 2) for since in range(10)]
     frame = pd.DataFrame(rows, columns=["choice", "side", "since", "nats", "bytes"])
-    figure = porting.since_switch(frame, {"base": "bare base"}, "verse parts")
+    figure = porting.since_switch({"documents": frame}, {"base": "bare base"}, "documents: verse parts")
     entries = {button.label: button.args[0]["y"][0] for button in figure.layout.updatemenus[0].buttons}
-    assert [*entries] == ["both", "math parts", "verse parts"]
-    assert entries["both"] == pytest.approx([2.0] * 6) and entries["verse parts"][2:] == [None] * 4
+    assert [*entries] == ["documents", "documents: math parts", "documents: verse parts"]
+    assert entries["documents"] == pytest.approx([2.0] * 6)
+    assert entries["documents: verse parts"][2:] == [None] * 4
     assert figure.data[0].x[0] == "0–7" and figure.data[0].x[-1] == "64+"
 
 

@@ -195,11 +195,10 @@ def test_a_confusion_on_fitted_prompts_or_of_an_unknown_expert_is_refused(fitted
         confusion(fitted, {"pocket-law": VAL["pocket-math"]})
 
 
-def test_the_benchmark_cuts_to_so_many_tokens_and_counts_what_is_right(fitted: Router) -> None:
+def test_the_benchmark_cuts_to_so_many_tokens(fitted: Router) -> None:
     cut = routing.cut(fitted.base, VAL["pocket-math"], 16)
     sizes = {len(ids) - 1 for ids in tokenize(fitted.base, cut)[0]}
     assert len(cut) == len(VAL["pocket-math"]) and sizes == {16}
     assert all(whole.startswith(one) for one, whole in zip(cut.prompts, VAL["pocket-math"].prompts, strict=True))
-    assert routing.cut(fitted.base, cut, 64) is None
-    choices = fitted(cut.prompts)["choice"].tolist()
-    assert routing.share(fitted, "pocket-math", cut) == choices.count("pocket-math") / len(choices)
+    with refused("empty"):
+        routing.cut(fitted.base, cut, 64)
