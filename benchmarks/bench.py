@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
 
 from chassis_utils import ChassisError, LanguageModel, Probes, evaluate, fit, harvest, load, probe_set  # noqa: E402
 from chassis_utils.activations import Expert, batched, tokenize  # noqa: E402
-from chassis_utils.records import replacing  # noqa: E402
+from chassis_utils.files import replacing  # noqa: E402
 from chassis_utils.solve import Gram  # noqa: E402
 from plugs import SyntheticExpert  # noqa: E402
 

@@ -20,7 +20,7 @@ import torch
 from corpora import text
 
 from chassis_utils import Bridge, ChassisError, ForeignExpert, Probes, evaluate, fit, harvest, load
-from chassis_utils.records import replace_text
+from records import replace_text
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
 from natural import chunks, natural

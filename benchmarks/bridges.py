@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from chassis_utils import Bridge, ChassisError, LanguageModel, load, probe_set
-from chassis_utils.bridge import _spelled as cut
+from chassis_utils.bridge import spelled as cut
 
 RESULTS = Path(__file__).with_name("bridges.json")
 SEARCHED, CUT = 3, 400  #: Words that the search over pairs is timed on, and those that are cut

@@ -18,6 +18,7 @@ from bench import quotients, setting, show, timed
 from corpora import text
 
 from chassis_utils import ChassisError, LanguageModel, Probes, Router, load, probe_set
+from routes import confusion
 
 LENGTHS = (4, 8, 16, 32, 64)
 PACKAGE = Path(__file__).parents[1] / "chassis_utils"
@@ -86,7 +87,7 @@ def by_length(router: Router, sets: dict[str, tuple[str | None, Probes]]) -> pd.
 
 def share(router: Router, truth: str | None, probes: Probes) -> float:
     """The part of the prompts that is sent to `truth`."""
-    table = router.confusion({truth: probes})
+    table = confusion(router, {truth: probes})
     return float(table[truth or "none"].sum() / table.to_numpy().sum())
 
 
@@ -118,7 +119,7 @@ def main() -> None:
     base = load("pocket-base", device="cpu")
     router = fitted(base)
     sets = {name: text(base, args.corpora, domain, args.split, args.tokens) for name, domain in DOMAINS.items()}
-    print(router.confusion(sets).to_string(), end="\n\n")
+    print(confusion(router, sets).to_string(), end="\n\n")
     inside = {probes.name: (name, probes) for name, probes in sets.items()}
     outside = {name: (None, probes) for name, probes in unseen(base).items()}
     for title, several in (("right, by tokens read", inside), ("left to the bare base, by tokens read", outside)):

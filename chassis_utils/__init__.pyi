@@ -1,4 +1,5 @@
 from .activations import Activations as Activations
+from .activations import HiddenExpert as HiddenExpert
 from .activations import harvest as harvest
 from .adapter import Adapter as Adapter
 from .adapter import fit as fit
@@ -6,11 +7,9 @@ from .api import ApiExpert as ApiExpert
 from .bridge import Bridge as Bridge
 from .bridge import Bridged as Bridged
 from .errors import ChassisError as ChassisError
-from .experts import HiddenExpert as HiddenExpert
 from .features import Features as Features
 from .foreign import ForeignExpert as ForeignExpert
 from .metrics import evaluate as evaluate
-from .metrics import interval as interval
 from .models import LanguageModel as LanguageModel
 from .models import bundled as bundled
 from .models import load as load
@@ -18,8 +17,6 @@ from .port import Port as Port
 from .probes import Probes as Probes
 from .probes import passages as passages
 from .probes import probe_set as probe_set
-from .records import Records as Records
-from .records import read_records as read_records
 from .router import Router as Router
 from .solve import Gram as Gram
 from .solve import ridge as ridge

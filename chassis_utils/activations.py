@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from os.path import commonprefix
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import transformers
@@ -19,15 +20,26 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .errors import ChassisError
-from .experts import HiddenExpert
+from .files import made, replacing
 from .foreign import ForeignExpert
-from .models import LanguageModel, Place
+from .models import LanguageModel, Place, Readout
 from .probes import Probes
-from .records import made, replacing
-
-Expert = LanguageModel | HiddenExpert | ForeignExpert
 
 SHARD = 1024  # prompts a shard: what a kill can cost
+
+
+class HiddenExpert(Protocol):
+    """Any expert that is a function of the base's final state: `harvest`, `gather` and `fit` ask no more of one."""
+
+    name: str  #: As records show it
+    revision: str  #: Hash of all that decides what it says
+    readout: Readout  #: The base's own head, with another bias, or with more columns for what `transform` adds
+
+    def transform(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the readout reads `(n, width)`, from the base's final states `(n, hidden)`."""
+
+
+Expert = LanguageModel | HiddenExpert | ForeignExpert
 
 
 @dataclass
@@ -50,7 +62,7 @@ class Activations:
     @property
     def layers(self) -> list[Place]:
         """Harvested layers, then blocks."""
-        return _sorted(self.hidden)
+        return [*self.hidden]
 
     @property
     def final(self) -> int:
@@ -65,26 +77,11 @@ class Activations:
             raise ChassisError(f"layer {layer} is not among the harvested layers {have}")
         return self.hidden[number]
 
-    def subset(self, n: int, first: int = 0) -> Activations:
-        """Only n of the prompts, from number `first` on. ChassisError if there are fewer, or more rows than prompts."""
-        if not (0 <= first and 1 <= n <= len(self.probes) - first):
-            raise ChassisError(f"n = {n} from {first}: outside 1..{len(self.probes)}, prompts of '{self.probes.name}'")
-        if self.positions == "all":
-            raise ChassisError("a part of the prompts has other bytes: harvest that part instead")
-        part = slice(first, first + n)
-        rows = {k: getattr(self, k)[part] for k in ("expert_hidden", "prompt", "next_token")}
-        rows["hidden"] = {place: states[part] for place, states in self.hidden.items()}
-        return replace(self, probes=replace(self.probes, prompts=self.probes.prompts[part]), **rows)
-
     def against(self, expert: HiddenExpert) -> Activations:
         """The same states beside another expert that is a function of them: no forward pass."""
         _same_base(self.base, expert)
         theirs = expert.transform(self.hidden[self.final].to(self.base.device)).cpu()
         return replace(self, expert=expert, expert_hidden=theirs)
-
-
-def _sorted(places: Iterable[Place]) -> list[Place]:
-    return sorted(places, key=lambda place: (isinstance(place, str), place))
 
 
 def _same_base(base: LanguageModel, expert: HiddenExpert) -> None:
@@ -102,16 +99,15 @@ def harvest(
 
     Prompts are batched by length; what many begin with is run once where only the last token is asked for. With
     `out_dir`, each shard of 1,024 prompts is written as it is done: a second call goes on from there, and shards are
-    shared by every expert and notebook that asks for the same base, probes, layers and positions.
-
-    The expert is a model with the base's tokenizer, a function of the base's hidden state, or a `ForeignExpert`.
-    `positions` is the `last` token of each prompt, or `all`; `layers` are places of the base, negative ones from the
-    last, None for every layer; `batch_tokens` counts padded tokens a batch; `padding`, `right` or `left`, changes
-    nothing but rounding. ChassisError for an unknown place or option, a prompt that is too long, tokenizers that
-    differ, NaN or infinity.
+    shared by every expert and notebook that asks for the same base, probes, layers and positions. The expert is a model
+    with the base's tokenizer, a function of the base's hidden state, or a `ForeignExpert`. `positions` is the `last`
+    token of each prompt, or `all`; `layers` are places of the base, negative ones from the last, None for every layer;
+    `batch_tokens` counts padded tokens; `padding`, `right` or `left`, changes nothing but rounding. ChassisError:
+    unknown places or options, a prompt that is too long, tokenizers that differ, NaN or infinity.
     """
     final = base.num_layers
-    wanted = _sorted({final, *map(base.layer_number, range(final) if layers is None else layers)})
+    numbers = {final, *map(base.layer_number, range(final) if layers is None else layers)}
+    wanted = sorted(numbers, key=lambda place: (isinstance(place, str), place))
     for name, value, known in (("positions", positions, ("last", "all")), ("padding", padding, ("left", "right"))):
         if value not in known:
             raise ChassisError(f"{name} = '{value}': choose {' or '.join(known)}")

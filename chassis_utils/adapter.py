@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+import pandas as pd
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from .activations import Activations
 from .errors import ChassisError
+from .exchange import Exchange, card, found, licence, refusing
 from .features import Features
+from .files import replacing
 from .foreign import ForeignExpert
 from .models import LanguageModel, Place, Readout, tensor_hash
-from .records import replacing
 from .solve import Gram, low_rank, ridge
 from .statistics import Statistics
 
-FORMAT = 2  # 1 had no features and no edits
+FORMAT = 3  # 2 knew neither tokenizer nor licence
+MOST_JSON, MOST_BYTES = 2**20, 2**35  #: No settings of an adapter are longer, no map to a vocabulary larger
+#: What its JSON holds beside the format, and how its tensors are named.
+_KINDS = dict.fromkeys(("method", "base_name", "head_hash", "space", "onto"), str) | {"layer": int, "rank": int}
+_KINDS |= {"features": dict | NoneType, "edits": list, "info": dict}
+_NAME = re.compile(r"(?:edits\.(0|[1-9][0-9]{0,3})\.)?(down|up|bias|columns|values|fitted_on)")
 ONTO = ("final", "layer", "normed", "stream", "nothing")
 
 
 @dataclass(frozen=True)
-class Adapter:
+class Adapter(Exchange):
     """`hidden[layer] @ down @ up + bias`, added to the base's logits or to its head's input: every map of the study."""
 
     method: str
@@ -74,7 +83,7 @@ class Adapter:
 
     def correction(self, hidden: Mapping[Place, torch.Tensor]) -> torch.Tensor:
         """What it adds, `(..., m)`, from what is found at the places it reads."""
-        return self.delta(self.inputs(hidden))
+        return (self.inputs(hidden) @ self.down) @ self.up + self.bias
 
     def named(self, method: str) -> Adapter:
         """The same adapter under another name, as records and figures will show it."""
@@ -85,10 +94,6 @@ class Adapter:
         if not (isinstance(rank, int) and 1 <= rank <= self.rank):
             raise ChassisError(f"rank {rank} is outside 1..{self.rank}, the fitted rank of this {self.method} adapter")
         return replace(self, down=self.down[:, :rank], up=self.up[:rank])
-
-    def delta(self, state: torch.Tensor) -> torch.Tensor:
-        """The correction `(n, m)` for inputs `(n, p)`."""
-        return (state @ self.down) @ self.up + self.bias
 
     @property
     def revision(self) -> str:
@@ -115,18 +120,6 @@ class Adapter:
         own = plain if plain is not None and self.onto == "final" else readout.linear(start)
         return readout.cap(own + correction if self.columns is None else own.index_add(1, self.columns, correction))
 
-    def into_hidden(self, base: LanguageModel, inverse: str = "pseudo") -> Adapter:
-        """The change of logits as a change of the head's input.
-
-        The inverse of the base's head is `pseudo` (least squares over the corrected columns), or `transpose`, which
-        multiplies by the head's rows instead, as experiment 6 did. ChassisError where it changes hidden states already.
-        """
-        if self.space == "hidden" or inverse not in ("pseudo", "transpose"):
-            raise ChassisError(f"inverse = '{inverse}' of an adapter in {self.space}: logits by pseudo or transpose")
-        rows = base.readout.weight if self.columns is None else base.readout.weight[self.columns]
-        back = rows if inverse == "transpose" else torch.linalg.pinv(rows.double().T).to(rows.dtype)
-        return replace(self, up=self.up @ back, bias=self.bias @ back, columns=None, space="hidden")
-
     def to(self, device: torch.device | str) -> Adapter:
         """The same adapter on another device."""
         moved = {k: t.to(device) for k in ("down", "up", "bias", "columns") if (t := getattr(self, k)) is not None}
@@ -139,16 +132,21 @@ class Adapter:
         maps = (torch.zeros(shape, device=base.device) for shape in ((h, 0), (0, m), (m,)))
         return cls("identity", layer, *maps, base.name, base.head_hash, onto=onto)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write its folder, complete or not at all; ChassisError where that cannot be, or another thing is there."""
+    def save(self, folder: str | Path, figures: pd.DataFrame | None = None) -> Path:
+        """Write its folder: JSON, safetensors, and a card that shows its settings and, of `evaluate`, its `figures`.
+
+        It is there complete or not at all; ChassisError where that cannot be, or another thing is there.
+        """
         folder = Path(folder)
         if folder.exists() and not (folder / "adapter.json").is_file():
             raise ChassisError(f"{folder} exists and is no adapter folder: choose another name")
-        tensors, plain = self._written()
+        (tensors, plain), told = self._written(), card(self, figures)
         with replacing(folder) as temporary:
             temporary.mkdir(parents=True)
             save_file(tensors, temporary / "adapter.safetensors")
-            (temporary / "adapter.json").write_text(json.dumps({"format": FORMAT} | plain, indent=1) + "\n")
+            text = json.dumps({"format": FORMAT} | plain, indent=1, allow_nan=False)
+            (temporary / "adapter.json").write_text(text + "\n")
+            (temporary / "README.md").write_text(told, encoding="utf-8")
         return folder
 
     def _written(self) -> tuple[dict[str, torch.Tensor], dict]:
@@ -158,56 +156,104 @@ class Adapter:
             tensors["fitted_on"] = torch.tensor(sorted(self.fitted_on))
         edits = [edit._written() for edit in self.edits]
         tensors |= {f"edits.{i}.{k}": t for i, (theirs, _) in enumerate(edits) for k, t in theirs.items()}
-        plain = {k: v for k, v in vars(self).items() if isinstance(v, int | str | dict)}
+        plain = {k: v for k, v in vars(self).items() if isinstance(v, int | str | dict)} | {"rank": self.rank}
         plain |= {"features": self.features and asdict(self.features), "edits": [values for _, values in edits]}
         return tensors, plain
 
     @classmethod
-    def _read(cls, plain: dict, tensors: dict[str, torch.Tensor]) -> Adapter:
-        """The way back; raises LookupError, TypeError or ChassisError on what `_written` does not write."""
-        below: list[dict[str, torch.Tensor]] = [{} for _ in plain["edits"]]
-        for name in [name for name in tensors if name.startswith("edits.")]:
-            _, number, rest = name.split(".", 2)
-            below[int(number)][rest] = tensors.pop(name)
-        parts = {"edits": tuple(map(cls._read, plain["edits"], below))}
-        parts["fitted_on"] = frozenset(tensors.pop("fitted_on", torch.empty(0, dtype=torch.long)).tolist())
-        parts["features"] = plain["features"] and Features(**plain["features"])
-        return cls(**plain | tensors | parts)._checked("shapes or values")
+    def load(cls, folder: str | Path, base: LanguageModel | None = None, revision: str | None = None) -> Adapter:
+        """Read the folder that `save` wrote, or a repository of the hub (`org/name`, at a `revision`).
 
-    @classmethod
-    def load(cls, folder: str | Path, base: LanguageModel | None = None) -> Adapter:
-        """Read the folder that `save` wrote, and refuse it unless it fits the base's head; nothing in it is executed.
-
-        ChassisError where nothing is there, or what is damaged, of an unknown format, or made for another base.
+        Nothing in it is executed, and no tensor is read before names, types and shapes are those of an adapter, and of
+        the base if given. ChassisError: nothing is there, or what is damaged, of another format, or for another base.
         """
-        folder = Path(folder)
-        try:
-            plain = json.loads((folder / "adapter.json").read_text())
-            tensors = load_file(folder / "adapter.safetensors")
-            if (known := plain.pop("format")) == FORMAT:
-                adapter = cls._read(plain, tensors)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError, ChassisError) as error:
-            unreadable = f"{folder} is not a readable adapter folder ({type(error).__name__})"
-            raise ChassisError(f"{unreadable}: save it again") from error
-        if known != FORMAT:
-            raise ChassisError(f"{folder} has adapter format {known}, this version reads {FORMAT}: fit it again")
+        told = f"{folder} is not a readable adapter folder", "save it, or fit it again"
+        here, root = found(folder, revision)
+        with refusing(*told):
+            plain, path = _settings(here, root)
+            shell = cls._read(plain, path, shapes=True)
+        if base is not None:
+            shell.check_base(base)._check_sizes(base)
+        with refusing(*told):
+            adapter = cls._read(plain, path)
         return adapter if base is None else adapter.check_base(base).to(base.device)
 
+    @classmethod
+    def _read(cls, plain: dict, path: Path, shapes: bool = False) -> Adapter:
+        """The way back, also with `shapes` that hold no values; raises on whatever `_written` does not write."""
+        parts: list[dict[str, Any]] = [{}, *({} for _ in plain["edits"])]
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                known, part = _NAME.fullmatch(name), file.get_slice(name)
+                if not known or part.get_dtype() != ("I64" if known[2] in ("columns", "fitted_on") else "F32"):
+                    raise ChassisError(f"a tensor {name!a:.60} of type {part.get_dtype()}, which no adapter has")
+                tensor = torch.empty(part.get_shape(), device="meta") if shapes else file.get_tensor(name)
+                parts[int(known[1] or -1) + 1][known[2]] = tensor
+        for tensors, own in zip(parts, (plain, *plain["edits"]), strict=True):
+            good = own.keys() == _KINDS.keys() and all(isinstance(own[k], kind) for k, kind in _KINDS.items())
+            good = good and all(str(v).isprintable() and (not isinstance(v, str) or len(v) < 999) for v in own.values())
+            if not good or tensors["down"].shape[-1] != own["rank"] or (own is not plain and own["edits"]):
+                raise ChassisError("settings missing, unknown or of another kind")
+            fitted = tensors.pop("fitted_on", torch.empty(0))
+            tensors |= {k: v for k, v in own.items() if k not in ("rank", "edits")}
+            tensors["features"] = own["features"] and Features(**own["features"])
+            tensors["fitted_on"] = frozenset() if shapes else frozenset(fitted.tolist())
+        first, *edits = (cls(**part)._checked("shapes or values that do not fit one another") for part in parts)
+        return replace(first, edits=tuple(edits))
+
     def _checked(self, wrong: str) -> Adapter:
-        rank, m = self.up.shape
-        good = self.down.ndim == 2 and self.down.shape[1] == rank and self.bias.shape == (m,) and self.onto in ONTO
-        good = good and (self.columns is None or self.columns.shape == (m,)) and self.space in ("logits", "hidden")
-        good = good and isinstance(self.layer, int) and self.layer >= 0
-        if not (good and all(torch.isfinite(t).all() for t in (self.down, self.up, self.bias))):
+        (p, rank), (rows, m), columns, features = self.down.shape, self.up.shape, self.columns, self.features
+        good = rank == rows and self.bias.shape == (m,) and self.onto in ONTO and self.space in ("logits", "hidden")
+        good = good and (columns is None or columns.shape == (m,)) and isinstance(self.layer, int) and self.layer >= 0
+        # Random features are drawn, as many as a file says: no more than it has numbers for.
+        good = good and (features is None or features.random < min(p, p * rank + 1))
+        if good and not self.down.is_meta:
+            numbers = [t for t in (self.down, self.up, self.bias, self.values) if t is not None]
+            good = all(torch.isfinite(t).all() for t in numbers) and (columns is None or bool((columns >= 0).all()))
+        if not good:
             raise ChassisError(wrong)
         return self
 
+    def _check_sizes(self, base: LanguageModel) -> None:
+        """Refuse shapes that the base does not have, found by a pass over one token."""
+        parts = self, *self.edits
+        places = tuple(dict.fromkeys(place for one in parts for place in (*one.reads, one.changes)))
+        widths = dict(zip(places, Features(places).sizes(base), strict=True))
+        for one in parts:
+            p = sum(widths[place] for place in one.reads) + (one.features.random if one.features else 0)
+            head = base.hidden_size if one.space == "hidden" else base.vocab_size
+            m = widths[one.changes] if one is not self else head if one.columns is None else min(head, len(one.bias))
+            if (there := [len(one.down), len(one.bias)]) != [p, m]:
+                raise ChassisError(f"a map of sizes {there}, where {base.name} has {[p, m]}: fit one for this base")
+
     def check_base(self, base: LanguageModel) -> Adapter:
-        """Itself, if it was made for this base's head; else ChassisError, naming both."""
-        if self.head_hash == base.head_hash:
-            return self
-        ours, theirs = f"{self.base_name} (head {self.head_hash})", f"{base.name} (head {base.head_hash})"
-        raise ChassisError(f"this adapter was made for {ours}, not for {theirs}: fit one for this base")
+        """Itself, if made for this base: head and, where known, tokenizer and body; else ChassisError, naming both."""
+        here = {"head": [base.head_hash], "tokenizer": [base.tokenizer_hash]}
+        here["body"] = [base.bare.revision, base.revision]  # edits may have come later
+        made = {"tokenizer": self.info.get("tokenizer_hash"), "body": self.info.get("base_revision")}
+        for part, ours in ({"head": self.head_hash} | made).items():
+            if ours is not None and ours not in here[part]:
+                both = f"{self.base_name} ({part} {ours!a:.32}), not for {base.name} ({part} {here[part][-1]})"
+                raise ChassisError(f"this adapter was made for {both}: fit one for this base")
+        if self.columns is not None and not self.columns.is_meta and (self.columns >= base.vocab_size).any():
+            raise ChassisError(f"this adapter corrects tokens that {base.name} has not: fit one for this base")
+        return self
+
+
+def _settings(folder: Path, root: Path) -> tuple[dict, Path]:
+    """The JSON of a folder whose files lie in `root`, and where its tensors are; raises on what `save` never writes."""
+    paths = [(folder / name).resolve(strict=True) for name in ("adapter.json", "adapter.safetensors")]
+    for path, most in zip(paths, (MOST_JSON, MOST_BYTES), strict=True):
+        if not (path.is_file() and path.is_relative_to(root.resolve()) and path.stat().st_size <= most):
+            raise ChassisError(f"a file that is none, lies elsewhere, or has more than {most:,} bytes")
+    plain = json.loads(paths[0].read_bytes())
+    json.dumps(plain, allow_nan=False)  # raises on NaN and infinity, however they were written
+    if (known := plain.pop("format")) != FORMAT:
+        raise ChassisError(f"adapter format {known!a:.32}, this version reads {FORMAT}")
+    with paths[1].open("rb") as file:
+        if int.from_bytes(file.read(8), "little") > MOST_JSON:
+            raise ChassisError(f"tensors with no header, or one of more than {MOST_JSON:,} bytes")
+    return plain, paths[1]
 
 
 Method = Callable[..., Adapter]
@@ -228,15 +274,13 @@ def fit(
     Args:
         activations: of base and expert on the training probes; or what `gather` returns, for `ridge`, `rrr` and `v2`.
         method: `v2` (the strongest; see `distill`), `v1` (the study's), `ridge` and `rrr` (difference to base logits,
-            all columns; cut by SVD or in the data's metric), `lens`, or another that an imported module has
-            registered by `@method`.
+            all columns; cut by SVD or in the data's metric), `lens`, or what a module registered by `@method`.
         rank: of the map; None keeps all, to be cut later by `Adapter.at_rank`.
         layer: of the base, negative from the last.
         lam: ridge penalty on the sum of squares, 1e-3 unless given; `v2` chooses its own, as a share of the rows.
         **options: of the method; `fit` names those that a method does not know.
 
-    Raises:
-        ChassisError: unknown method or option, a layer not harvested, a rank or K out of range, a singular system.
+    ChassisError: unknown method or option, a layer not harvested, a rank or K out of range, a singular system.
     """
     from . import distill  # noqa: F401  it registers v2, and needs this module
 
@@ -267,6 +311,7 @@ def fit(
     info = {"n": len(activations), "lam": lam, "probes": " + ".join(one.name for one in probes)} | adapter.info
     info |= {"positions": activations.positions, "expert": expert.name}
     info |= {"base_revision": base.revision, "expert_revision": expert.revision}
+    info |= {"tokenizer_hash": base.tokenizer_hash, "licence": licence(expert)}
     whole = *probes, *filter(None, [getattr(expert, "text", None)])  # what a rule was counted on is fitted on
     seen = frozenset().union(*(one.fingerprints for one in whole))
     adapter = replace(adapter, method=method, info=info, fitted_on=seen).to(base.device)
@@ -280,7 +325,7 @@ def assembled(
     """What a closed form returns: the factors of `low_rank` and a bias `(m,)`, as an adapter that reads `layer`."""
     down, up, values, bias = (t.float() for t in (*factors, bias))
     if isinstance(a, Statistics):
-        kind["features"] = a.features
+        kind["features"] = kind.get("features") or a.features
     return Adapter("", layer, down, up, bias, a.base.name, a.base.head_hash, values=values, **kind)
 
 

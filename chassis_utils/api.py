@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from .bridge import Bridged, _Reader
 from .errors import ChassisError
+from .files import locked
 from .models import LanguageModel
-from .records import locked
 
 Said = dict[bytes | None, float]  #: Likeliest next tokens and their probabilities; `None` is the end of the text
 _HINTS = {200: "that has no JSON, no logprobs, or no tokens that decode", 401: "set the right one", 403: "set another"}

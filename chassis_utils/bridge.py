@@ -23,8 +23,7 @@ from .models import LanguageModel
 from .tokens import Pieces, ids_of, token_bytes
 
 STAGES = ("A", "B", "C", "exact")
-#: Continuations that share one forward pass of the expert in stage `exact`.
-WIDTH = 8
+WIDTH = 8  # continuations that share one forward pass of the expert in stage `exact`
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,8 @@ class Bridge:
     r"""From an expert's tokens to a base's, by stage (rows 14 to 16 of the study).
 
     - `A`: to the base token with the same bytes; of several, to the one that its tokenizer writes (`,` and never
-      `<0x2C>`), in equal shares if it writes none. By `string` with the study's faults: tokens decoded one by one, the
-      last of equal strings has them all, the expert's 256 likeliest tokens only.
-    - `B`: as A, else to the first of two base tokens that spell it, lowest first; by `string` ids < 4096, 10 letters.
+      `<0x2C>`), in equal shares if it writes none.
+    - `B`: as A, else to the first of two base tokens that spell it, lowest first.
     - `C`: to the first of what the base's tokenizer writes for these bytes, at most `length` tokens; tokens of 1e-6 and
       more which it would not write behind the prompt's last one are crossing.
     - `exact`: q(t) = P(the base's tokens of prompt + continuation are those of the prompt, then t), continuations
@@ -83,14 +81,13 @@ class Bridge:
     expert: LanguageModel  #: Its tokenizer, and its passes where distributions are not given
     base: LanguageModel  #: Whose vocabulary is wanted
     stage: str = "exact"  #: `A`, `B`, `C` or `exact`
-    match: str = "bytes"  #: Or `string`, for A and B
     length: int = 4  #: Base tokens to an expert token at most, in stage C
     budget: int = 32  #: Continuations followed up for a prompt, in stage exact
     heal: int = 0  #: Last tokens of the prompt that are decided again, in stage exact
 
     def __post_init__(self) -> None:
-        if self.stage not in STAGES or self.match not in ("bytes", "string")[: 2 if self.stage in "AB" else 1]:
-            raise ChassisError(f"no bridge '{self.stage}' by '{self.match}': {', '.join(STAGES)}; string for A and B")
+        if self.stage not in STAGES:
+            raise ChassisError(f"no stage '{self.stage}' of a bridge: choose from {', '.join(STAGES)}")
         if min(self.length, self.budget + 1, self.heal + 1) < 1:
             raise ChassisError(f"length {self.length}, budget {self.budget}, heal {self.heal}: give at least 1, 0, 0")
         if self.expert.edits:
@@ -103,8 +100,7 @@ class Bridge:
             self._sorted, self._order = [piece for piece, _ in spoken], np.array([i for _, i in spoken], dtype=int)
             self._tables: dict[tuple[int, int, int, int], NDArray[np.int64]] = {}
             return
-        given = self.pieces, self._end, self.stage, self.length
-        homes = self._by_string() if self.match == "string" else self._reader.homes(*given)
+        homes = self._homes()
         if not any(home for i, home in enumerate(homes) if i != self._end):
             raise ChassisError(f"{self.expert.name} and {self.base.name} share no token: try a later stage")
         pairs = [(i, t, 1 / len(ids)) for i, home in enumerate(homes) for ids in [home or [none]] for t in ids]
@@ -112,22 +108,19 @@ class Bridge:
         #: `(vocab_expert, vocab_base + 2)`, where each expert token goes
         self.table = scipy.sparse.csr_matrix((weights, (rows, columns)), (len(homes), none + 1))
 
-    def _by_string(self) -> list[list[int]]:
-        models = (self.expert, self.base)
-        expert, base = (model.tokenizer.batch_decode([[i] for i in range(model.vocab_size)]) for model in models)
-        few = [*enumerate(base)][:4096] if self.stage == "B" else []
-        ids, first = {text: [i] for i, text in enumerate(base)}, {text: i for i, text in reversed(few)}
-        return [ids.get(text) or (_spelled(text, first) if len(text) <= 10 else []) for text in expert]
+    def _homes(self) -> list[list[int]]:
+        """The base tokens that share what each expert token gets."""
+        return self._reader.homes(self.pieces, self._end, self.stage, self.length)
+
+    def _placed(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.ascontiguousarray((self.table.T @ rows.T).T)
 
     def __call__(self, probabilities: torch.Tensor | None = None, prompts: Sequence[str] | None = None) -> Bridged:
         """Expert distributions in the base's vocabulary.
 
-        Args:
-            probabilities: `(n, vocab_expert)`, what the expert says behind each prompt; asked of it unless given.
-            prompts: n texts; `exact` needs them, C without them takes what is said to stand in the middle of a text.
-
-        Raises:
-            ChassisError: nothing to go by, numbers that differ, no distributions, a prompt that no model can read.
+        `probabilities`, `(n, vocab_expert)`, are what the expert says behind each prompt; it is asked unless they are
+        given. Of n `prompts` `exact` has need; C without them takes what is said to stand in the middle of a text.
+        ChassisError: nothing to go by, numbers that differ, no distributions, a prompt that no model can read.
         """
         exact, given = self.stage == "exact", probabilities is not None
         if isinstance(prompts, str) or (prompts is None and (exact or not given)):
@@ -135,7 +128,8 @@ class Bridge:
         if exact and self.heal and given:
             raise ChassisError("with heal the expert begins before the distributions given: leave them out")
         rows = _checked(probabilities, self.expert.vocab_size, prompts) if given else None
-        ids = [self._ids(i, prompt) for i, prompt in enumerate(prompts)] if exact or not given else []
+        named = [(prompt, f"prompt {i}") for i, prompt in enumerate(prompts or ())]
+        ids = [self.expert.prompt_ids(*one) for one in named] if exact or not given else []
         if exact:
             found = [self._exact(*one) for one in zip(prompts, ids, rows if given else [None] * len(ids), strict=True)]
             mass = np.array([one for one, *_ in found]).reshape(-1, self.base.vocab_size + 2)
@@ -143,23 +137,7 @@ class Bridge:
             return Bridged(torch.from_numpy(mass), torch.tensor(undecided), torch.tensor(passes).long())
         if not given:
             rows = np.array([self._said([one])[0][0] for one in ids]).reshape(-1, self.expert.vocab_size)
-        if self.match == "string":
-            np.put_along_axis(rows, np.argsort(-rows, axis=1, kind="stable")[:, 256:], 0.0, axis=1)
-        mass = np.ascontiguousarray((self.table.T @ rows.T).T)
-        return self._reader.told(mass, prompts if self.stage == "C" else None)
-
-    def _ids(self, number: int, prompt: str) -> list[int]:
-        """The expert's tokens of a prompt; of an empty one its beginning-of-text token."""
-        if any(0xD800 <= ord(letter) < 0xE000 for letter in prompt):
-            raise ChassisError(f"prompt {number} is no Unicode text (a lone surrogate): mend how it was read")
-        for model in (self.base, self.expert):
-            ids = list(model.tokenizer(prompt, verbose=False)["input_ids"])
-            if len(ids) > model.context or max(ids, default=0) >= model.vocab_size:
-                size = f"{len(ids)} tokens, {model.name} takes {model.context} of {model.vocab_size} kinds"
-                raise ChassisError(f"prompt {number} has {size}: shorten it")
-        if not ids and (start := self.expert.tokenizer.bos_token_id) is None:
-            raise ChassisError(f"prompt {number} is empty and {self.expert.name} has no token to begin with: write one")
-        return ids or [start]
+        return self._reader.told(self._placed(rows), prompts if self.stage == "C" else None)
 
     def _exact(self, prompt: str, ids: list[int], first: NDArray | None) -> tuple[NDArray, float, int]:
         """Best-first look-ahead: mass `(vocab + 2,)`, how much of it is undecided, continuations followed up."""
@@ -281,7 +259,7 @@ class _Reader:
         own = ids_of(self.pieces)
         first, homes = {piece: ids[0] for piece, ids in own.items()}, []
         for piece, ids in zip(pieces, self.written(pieces), strict=True):
-            same = own.get(piece) or (_spelled(piece or b"", first) if stage == "B" else [])
+            same = own.get(piece) or (spelled(piece or b"", first) if stage == "B" else [])
             homes.append(ids if len(ids) == 1 and ids[0] in same else same)
             if stage == "C" and ids:
                 homes[-1] = ids[:1] if len(ids) <= length else []
@@ -402,7 +380,7 @@ def _label(ids: Sequence[int], want: tuple[int, ...], size: int) -> tuple[int | 
     return (ids[n] if len(ids) > n else None), want[n:]
 
 
-def _spelled(word: str | bytes, ids: dict) -> list[int]:
+def spelled(word: str | bytes, ids: dict) -> list[int]:
     """First token of the pair that spells a word: found by cutting it, where the study tried all pairs."""
     firsts = [ids[word[:n]] for n in range(1, len(word)) if word[:n] in ids and word[n:] in ids]
     return [min(firsts)] if firsts else []

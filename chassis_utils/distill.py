@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
 import torch
 
@@ -21,14 +22,9 @@ LAMS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 @method("v2")
 def _v2(
-    a: Activations | Statistics,
-    layer: int,
-    lam: float | None,
-    metric: str = "kl",
-    blocks: bool = True,
-    edit_rank: int | None = None,
-    progress: bool = False,
-) -> Adapter:
+    a: Activations | Statistics, layer: int, lam: float | None,
+    metric: str = "kl", blocks: bool = True, edit_rank: int | None = None, progress: bool = False,
+) -> Adapter:  # fmt: skip
     """The default: blocks imitated, then logits read, choices held out.
 
     1. Where the expert has the base's layers and width, the states after each block are moved to the expert's by
@@ -113,11 +109,9 @@ def _imitation(stats: Statistics, lams: Sequence[float], rank: int | None) -> Ad
     """An edit of one layer: ridge from the features to the expert's state there minus the base's own."""
     found = [(stats.held.error(weight, bias), lam, weight, bias) for lam, weight, bias in _ridges(stats.train, lams)]
     _, chosen, weight, bias = min(found, key=lambda one: one[0])
-    down, up, values = (part.float() for part in low_rank(weight, stats.train.covariance))
-    parts = {"features": stats.features, "space": "hidden", "values": values, "info": {"lam": chosen}}
-    base, stream = stats.base, stats.layer == "stream"
-    parts["onto"], layer = ("stream", base.num_layers) if stream else ("layer", stats.layer)
-    edit = Adapter("imitation", layer, down, up, bias.float(), base.name, base.head_hash, **parts)
+    base, factors = stats.base, low_rank(weight, stats.train.covariance)
+    onto, layer = ("stream", base.num_layers) if stats.layer == "stream" else ("layer", stats.layer)
+    edit = assembled(stats, layer, factors, bias, space="hidden", onto=onto, info={"lam": chosen}).named("imitation")
     return (edit if rank is None else edit.at_rank(min(rank, edit.rank))).to(base.device)
 
 
@@ -136,23 +130,19 @@ def _read_out(
 ) -> tuple[float, Adapter]:
     """The best change of logits that these statistics allow, and its KL on the held-out rows they kept.
 
-    For every choice of features among those gathered and every lam, the ridge on all other rows is judged by that KL;
-    the best is solved again on all rows.
+    For every choice of features and every lam, the ridge on all other rows is judged by it; the best gets all rows.
     """
     base, (x, y) = stats.base, stats.kept
     both, shift = heads(stats)
     cut = stats.expert.readout.weight.shape[1]
     y = y.to(base.device)
     target, start = stats.expert.readout(y[:, :cut]).cpu(), base.readout.linear(y[:, cut:]).cpu()
-    places = dict(zip(stats.features.places, stats.features.sizes(base), strict=False))
+    columns = torch.arange(x.shape[1]).split(stats.features.sizes(base))
+    places = [*zip_longest(stats.features.places, columns)]  # random features, which have no place, come last
     tried = []
     for features in choices:
-        keep, first = [], 0
-        for place, size in places.items():
-            keep += range(first, first + size) if place in features.places else ()
-            first += size
-        keep += range(first, x.shape[1]) if features.random else ()
-        columns = torch.tensor(keep)
+        kept = (columns for name, columns in places if name in features.places or (name is None and features.random))
+        columns = torch.cat([*kept])
         for lam, weight, bias in _ridges(stats.train.part(columns), lams):
             # Rows first: a product of the size of features times vocabulary is never made.
             ours = (x[:, columns].double() @ weight + bias).float() @ both.float() + shift.float()
@@ -162,7 +152,5 @@ def _read_out(
     weight, bias = scaled_ridge(gram, lam)
     weights = column_weights(stats) if metric == "kl" else None
     factors = low_rank(weight, gram.covariance, both, weights)
-    down, up, values, bias = (part.float() for part in (*factors, bias @ both + shift))
     info = {"lam": lam, "held_out_kl": reached, "metric": metric}
-    parts = {"features": features, "values": values, "info": info}
-    return reached, Adapter("v2", base.num_layers, down, up, bias, base.name, base.head_hash, **parts)
+    return reached, assembled(stats, base.num_layers, factors, bias @ both + shift, features=features, info=info)

@@ -33,7 +33,8 @@ class Features:
     def __post_init__(self) -> None:
         object.__setattr__(self, "places", tuple(self.places))
         odd = len({*self.places}) < len(self.places) or any(isinstance(p, int) and p < 0 for p in self.places)
-        if not self.places or odd or self.random < 0 or self.kind not in KINDS or not self.width > 0:
+        odd = odd or not (isinstance(self.random, int) and isinstance(self.seed, int) and abs(self.seed) < 2**63)
+        if not self.places or odd or self.random < 0 or self.kind not in KINDS or not 0 < self.width < 1e30:
             wanted = f"at least one place, each once, from 0; random >= 0; kind {' or '.join(KINDS)}; width > 0"
             raise ChassisError(f"{self} cannot be read: give {wanted}")
 

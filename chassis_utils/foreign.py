@@ -61,8 +61,8 @@ class ForeignExpert:
     readout: ForeignReadout = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.bridge.stage == "exact" or self.bridge.match == "string":
-            raise ChassisError(f"{self.name} has no rule for every place: take a bridge of stage A, B or C in bytes")
+        if self.bridge.stage == "exact":
+            raise ChassisError(f"{self.name} has no rule for every place: take a bridge of stage A, B or C")
         models = self.bridge.base, self.model
         pieces, pairs = [token_bytes(model.tokenizer) for model in models], []
         for text in self.text.prompts if self.text else ():
@@ -92,8 +92,8 @@ class ForeignExpert:
     def revision(self) -> str:
         """Hash of the expert, the bridge and the text."""
         bridge = self.bridge
-        parts = self.model.revision, bridge.base.revision, bridge.stage, bridge.length, self.text and self.text.digest
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        parts = self.model.revision, bridge.base.revision, type(bridge).__name__, bridge.stage, bridge.length
+        return hashlib.sha256(repr((*parts, self.text and self.text.digest)).encode()).hexdigest()[:16]
 
     def rows(
         self, states: Sequence[torch.Tensor], ids: Sequence[list[list[int]]], texts: Sequence[str], positions: str

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from scipy.stats import sem, t
+from scipy.stats import t
 
 from .activations import Activations, Expert, harvest
 from .adapter import Adapter
@@ -29,14 +29,6 @@ def kl(expert_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return torch.cat(found)
 
 
-def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Mean and the bounds of its t-interval, over seeds: two at least, or ChassisError, as one tells of no spread."""
-    if len(values) < 2:
-        raise ChassisError(f"an interval over {len(values)} seed: measure at least two")
-    mean, reach = math.fsum(values) / len(values), float(t.ppf(0.5 + level / 2, len(values) - 1) * sem(values))
-    return mean, mean - reach, mean + reach
-
-
 def ratio_bounds(share: torch.Tensor, of: torch.Tensor) -> tuple[float, float]:
     """95% interval of `sum(share) / sum(of)`, both `(prompts,)`: prompts are the sample, not the tokens in them."""
     m, ratio = len(of), float(share.sum() / of.sum())
@@ -53,11 +45,10 @@ def evaluate(
 ) -> pd.DataFrame:  # fmt: skip
     """Compare adapted bases with the expert, one row per adapter and probe set, and one for the bare base.
 
-    One adapter or several are judged from the same forward passes, on probe sets (harvested at `positions`, `last` or
-    `all`; `all` for real text unless given) or on activations of them already harvested (no forward pass then, unless
-    an adapter edits the base on its way or reads a block). The identity is always the bare base: where the base (or its
-    states) were edited, `bare` holds activations of the bare one on the same probes, in the same order, harvested if
-    not given. `allow_overlap` accepts prompts that an adapter was fitted on, outside the split `train`.
+    All are judged from the same passes, on probe sets (harvested at `positions`, `last` or `all`; `all` for real text
+    unless given) or activations (no forward pass then, unless an adapter edits the base or reads a block). The identity
+    is always the bare base: where the base or its states were edited, `bare` holds the bare one's activations on the
+    same probes in order, harvested if not given. `allow_overlap` accepts prompts fitted on, outside of `train`.
 
     Returns columns `base, expert, method, rank, layer, onto, split, probes, n`, `kl` and `kl_identity` (nats, mean over
     rows), `recovered` (`1 - kl / kl_identity`; NaN where expert and base are the same), `kl_low, kl_high,

@@ -51,11 +51,7 @@ class Readout:
     weight: torch.Tensor  #: `(vocab, hidden)`, float32, already multiplied by the scale
     bias: torch.Tensor | None = None  #: `(vocab,)`, or None
     softcap: float | None = None  #: Gemma-style cap: logits become `cap * tanh(logits / cap)`
-
-    @property
-    def vocab_size(self) -> int:
-        """Real tokens."""
-        return self.weight.shape[0]
+    scale: float = 1.0  #: In weight and bias already: what the model multiplies its head's own output with
 
     def linear(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits before the cap, `(n, vocab)`, of hidden states `(n, hidden)`."""
@@ -161,12 +157,11 @@ class LanguageModel:
             return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
 
         def linear(number: int, _: torch.nn.Module, args: tuple) -> None:
-            # Maps that read the same tensor (queries, keys, values) count once; experts that see a part of the
-            # tokens (mixtures) not at all. Some blocks lay all tokens in one row.
-            (rows, length), known = seen[number].shape[:2], inputs.setdefault(number, [])
-            whole = args[0].shape[:2] == (rows, length) or len(args[0]) == rows * length
-            if whole and not any(args[0] is one for one in known):
-                known.append(args[0])
+            # Maps that read the same tensor (queries, keys, values) count once; experts that see a part of the tokens
+            # (mixtures), or maps of what a cache holds, not at all. Some blocks lay all tokens in one row.
+            given, known, size = args[0], inputs.setdefault(number, []), seen[number].shape[:2]
+            if given.shape[:-1] in (size, (size.numel(),)) and not any(given is one for one in known):
+                known.append(given)
 
         def leave(number: int, *_: object) -> None:
             parts = [one.float().reshape(*seen[number].shape[:2], -1) for one in inputs.pop(number)]
@@ -198,7 +193,19 @@ class LanguageModel:
     @property
     def vocab_size(self) -> int:
         """Tokens that the readout covers."""
-        return self.readout.vocab_size
+        return self.readout.weight.shape[0]
+
+    def prompt_ids(self, prompt: str, which: str = "the prompt") -> list[int]:
+        """Tokens of a prompt; of an empty one the beginning-of-text token. ChassisError: one that it cannot read."""
+        if not isinstance(prompt, str) or any(0xD800 <= ord(letter) < 0xE000 for letter in prompt):
+            raise ChassisError(f"{which} is no Unicode text: give a string, without lone surrogates")
+        ids, start = list(self.tokenizer(prompt, verbose=False)["input_ids"]), self.tokenizer.bos_token_id
+        if len(ids) > self.context or max(ids, default=0) >= self.vocab_size:
+            size = f"{len(ids)} tokens, {self.name} takes {self.context} of {self.vocab_size} kinds"
+            raise ChassisError(f"{which} has {size}: shorten it")
+        if not ids and start is None:
+            raise ChassisError(f"{which} is empty and {self.name} has no token to begin with: write one")
+        return ids or [start]
 
     @cached_property
     def head_hash(self) -> str:
@@ -296,16 +303,12 @@ def _readout(model: PreTrainedModel, tokens: int) -> Readout:
     head = model.get_output_embeddings()
     if not isinstance(getattr(head, "weight", None), torch.Tensor):
         raise ChassisError(f"{type(model).__name__} has no linear head to read logits with")
-    config, scale = model.config.get_text_config(), logit_scale(model)
+    config = model.config.get_text_config()
+    # Cohere multiplies its logits, Granite divides them.
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     parts = (head.weight, getattr(head, "bias", None))
     weight, bias = (None if part is None else part[:tokens].detach().float() * scale for part in parts)
-    return Readout(weight, bias, getattr(config, "final_logit_softcapping", None))
-
-
-def logit_scale(model: PreTrainedModel) -> float:
-    """What the model multiplies its head's output with: Cohere multiplies its logits, Granite divides them."""
-    config = model.config.get_text_config()
-    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return Readout(weight, bias, getattr(config, "final_logit_softcapping", None), scale)
 
 
 def tensor_hash(*tensors: torch.Tensor | None) -> str:
@@ -316,7 +319,7 @@ def tensor_hash(*tensors: torch.Tensor | None) -> str:
     return digest.hexdigest()[:16]
 
 
-def _source(name: str) -> str:
+def located(name: str) -> str:
     """Folder or hub id of a name, or one clear line."""
     if name in bundled():
         return str(POCKET / name)
@@ -329,8 +332,7 @@ def _source(name: str) -> str:
         return str(folder)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
-    known = f"bundled are {', '.join(bundled())}"
-    raise ChassisError(f"no model '{name}' and no such folder: {known}; or give a folder or hub id")
+    raise ChassisError(f"no model or folder '{name}': bundled are {', '.join(bundled())}; or give a folder or hub id")
 
 
 def load(
@@ -344,9 +346,8 @@ def load(
     float32 on CPU and the model's own on a GPU unless given. `trust_remote_code` runs code that comes with the model.
     ChassisError: unknown name, hub out of reach, tokenizer or weights missing, or a head that is not understood.
     """
-    source = _source(str(name))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = located(str(name))
+    device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from queue import Queue
 from typing import Any
 
@@ -22,7 +22,7 @@ from .adapter import Adapter
 from .api import ApiExpert
 from .bridge import Bridge
 from .errors import ChassisError
-from .models import LanguageModel, Place, logit_scale
+from .models import LanguageModel, Place
 from .router import Router
 
 Live = LanguageModel | Bridge | ApiExpert  #: An expert that runs beside the base and is asked at every token
@@ -78,7 +78,7 @@ class Port:
         """Weights of what is in use; empty for the bare base."""
         return dict(self._weights)
 
-    def plug(self, name: str, plug: Plug | str, strength: float = 1.0) -> None:
+    def plug(self, name: str, plug: Plug | str | Path, strength: float = 1.0) -> None:
         """Plug in an adapter (or the folder or hub id of one), or a live expert, which is asked at every token.
 
         A live expert is a model with the base's tokenizer, a `Bridge` to the base, or an `ApiExpert`. ChassisError for
@@ -88,13 +88,10 @@ class Port:
         if not name or name in self.plugs:
             raise ChassisError(f"the name '{name}' is {'taken' if name else 'empty'}: unplug it, or choose another")
         base = self.base
-        if isinstance(plug, str):
+        if isinstance(plug, str | Path):
             plug = Adapter.load(plug, base)
         if isinstance(plug, Adapter):
             plug = plug.check_base(base).to(base.device)
-            if (made := plug.info.get("base_revision", base.revision)) != base.revision:
-                those = f"{plug.base_name} (revision {made}), not for {base.name} (revision {base.revision})"
-                raise ChassisError(f"'{name}' was made for {those}: fit one for this base")
             if plug.onto != "final" and (plug.onto not in ("layer", "normed") or plug.layer != base.num_layers):
                 why = f"it is added to '{plug.onto}' of layer {plug.layer}, in place of the base's final state"
                 raise ChassisError(f"'{name}' cannot be plugged in, {why}: fit it at layer -1")
@@ -172,7 +169,7 @@ class Port:
         self._hooks.close()
         if not (active := self._active(Adapter)):
             return
-        base, final, scale = self.base, self.base.num_layers, logit_scale(self.base.model)
+        base, final, scale = self.base, self.base.num_layers, self.base.readout.scale
         edits = [_Weighted(edit, one.weight) for one in active for edit in one.edits]
         places = {place for one in active for place in one.reads} - {final}
         seen = self._hooks.enter_context(self._twin.edited(*edits).on_the_way([*places], final))
@@ -209,7 +206,7 @@ class Port:
 
     def probabilities(self, prompts: Sequence[str]) -> torch.Tensor:
         """What is said next behind each of n prompts with what is in use, `(n, vocab)`; ChassisError as `generate`."""
-        ids, mask = padded([self._ids(prompt) for prompt in prompts])
+        ids, mask = padded([self.base.prompt_ids(prompt) for prompt in prompts])
         ids, ends = ids.to(self.base.device), mask.sum(1) - 1
         with self._idle(), torch.inference_mode():
             logits = self.model(input_ids=ids, attention_mask=mask.to(ids.device), use_cache=False).logits
@@ -234,11 +231,9 @@ class Port:
         prompts, stops = ([one] if isinstance(one, str) else [*one] for one in (prompt, stop))
         if not all(stops) or (stream and len(prompts) != 1) or max_new_tokens < 1 or not prompts:
             raise ChassisError("give a prompt (one to stream), stop strings that are not empty, and 1 or more tokens")
-        rows = [self._ids(one) for one in prompts]
-        room = self.base.context - max(map(len, rows))
-        if room < 1:
-            size = f"{self.base.context - room} tokens, {self.base.name} takes {self.base.context}"
-            raise ChassisError(f"a prompt has {size} with what is written: shorten it")
+        rows = [self.base.prompt_ids(one) for one in prompts]
+        if (room := self.base.context - max(map(len, rows))) < 1:
+            raise ChassisError(f"a prompt fills all {self.base.context} tokens that {self.base.name} takes: shorten it")
         ids, mask = (part.to(self.base.device) for part in padded(rows, "left"))
         sampling = {"do_sample": not {"temperature", "top_p", "top_k", "min_p"}.isdisjoint(settings)} | settings
         end = _End(self.base.tokenizer, stops, ids)
@@ -248,14 +243,6 @@ class Port:
             return _until(self._streamed(ids, options, seed, end), stops)
         texts = ["".join(_until([end.text(row)], stops)) for row in self._seeded(ids, options, seed)]
         return texts[0] if isinstance(prompt, str) else texts
-
-    def _ids(self, prompt: str) -> list[int]:
-        if not isinstance(prompt, str) or any(0xD800 <= ord(letter) < 0xE000 for letter in prompt):
-            raise ChassisError("a prompt is no Unicode text: give a string, or a list of strings")
-        ids = self.base.tokenizer(prompt, verbose=False)["input_ids"]
-        if not ids and (start := self.base.tokenizer.bos_token_id) is None:
-            raise ChassisError(f"the prompt is empty and {self.base.name} has no token to begin with: write one")
-        return list(ids) or [start]
 
     def _seeded(self, ids: torch.Tensor, options: dict[str, Any], seed: int) -> torch.Tensor:
         with torch.random.fork_rng(devices=[self.base.device] if self.base.device.type == "cuda" else []):
@@ -288,13 +275,8 @@ class Port:
             end.left = True
             thread.join()
 
-    def report(self, prompt: str | None = None, tokens: int = 32) -> pd.DataFrame:
-        """One row a plug, the bare base first: what it is, and with a prompt what it costs.
-
-        Columns `plug, kind, method, rank, parameters, edits, strength, weight, expert, held_out_kl` (nats; as the fit
-        measured it) and, with `prompt`, `milliseconds` a token and `overhead`, the share more than the bare base: the
-        fastest of three greedy texts of `tokens` tokens, in turn. What was in use is in use again after.
-        """
+    def report(self) -> pd.DataFrame:
+        """What is plugged in, one row each, the bare base first; `held_out_kl` is in nats, as the fit measured it."""
         rows = [{"plug": None, "kind": "base", "expert": self.base.name, "weight": float(not self._weights)}]
         for name, plug in self.plugs.items():
             row = {"plug": name, "strength": self._strengths[name], "weight": self._weights.get(name, 0.0)}
@@ -302,21 +284,9 @@ class Port:
                 row |= {"kind": "adapter", "method": plug.method, "rank": plug.rank, "edits": len(plug.edits)}
                 row |= {"parameters": plug.num_parameters} | {k: plug.info.get(k) for k in ("expert", "held_out_kl")}
             else:
-                own = plug.expert if isinstance(plug, Bridge) else plug
-                row |= {"kind": "live", "method": type(plug).__name__, "expert": getattr(own, "name", None)}
+                own = getattr(plug, "expert", plug)  # of a bridge; an API has the name of its model
+                row |= {"kind": "live", "method": type(plug).__name__, "expert": getattr(own, "name", own.model)}
             rows.append(row)
-        if prompt is not None:
-            before, fastest = self.in_use, [math.inf] * len(rows)
-            try:
-                for i in [*range(len(rows))] * 3:
-                    self.use(rows[i]["plug"])
-                    start = time.perf_counter()
-                    self.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens)
-                    fastest[i] = min(fastest[i], 1000 * (time.perf_counter() - start) / tokens)
-            finally:
-                self.use(before or None)
-            for row, own in zip(rows, fastest, strict=True):
-                row |= {"milliseconds": own, "overhead": own / fastest[0] - 1}
         return pd.DataFrame(rows)
 
 

@@ -10,13 +10,12 @@ from functools import cached_property
 from pathlib import Path
 
 from .errors import ChassisError
-from .records import SPLITS
 
 TEXTS = Path(__file__).parent / "texts"
+SPLITS = ("train", "val", "test", "template", "text")
 
 #: Numbers of each split of the numbered templates: they begin where the study's do, and `test` has no end.
 NUMBERS = {"train": range(5000), "val": range(5000, 8000), "test": range(8000, 10**9)}
-
 
 #: name -> templates, used in turn: prompt number i takes template i % len. `{0}` is i, `{3}` is i + 3; see `_filled`.
 TEMPLATES: dict[str, list[str]] = json.loads(Path(__file__).with_name("templates.json").read_text(encoding="utf-8"))
@@ -40,10 +39,8 @@ class Probes:
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
             raise ChassisError(f"no split '{self.split}': choose from {', '.join(SPLITS)}")
-        if isinstance(self.prompts, str):
-            raise ChassisError(f"the prompts of '{self.name}' are one string: give a tuple of strings")
-        if not self.prompts:
-            raise ChassisError(f"probe set '{self.name}' ({self.split}) is empty: give at least one prompt")
+        if isinstance(self.prompts, str) or not self.prompts:
+            raise ChassisError(f"probe set '{self.name}' ({self.split}) is empty or one string: give several strings")
         if empty := [i for i, prompt in enumerate(self.prompts) if not prompt.strip()]:
             raise ChassisError(f"prompt {empty[0]} of probe set '{self.name}' is empty: remove it or write something")
 

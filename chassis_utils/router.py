@@ -85,15 +85,6 @@ class Router:
         choice = pd.Series([(*self.names, None)[i] for i in scores.argmax(1)], dtype=object)  # which keeps None
         return pd.DataFrame(scores, columns=[*self.names, "none"]).assign(choice=choice, distance=distance.numpy())
 
-    def confusion(self, sets: Mapping[str | None, Probes]) -> pd.DataFrame:
-        """Prompts of each set (by the right choice) that go where; ChassisError: an unknown name, prompts fitted on."""
-        names = [*self.names, None]
-        if bad := [one.name for truth, one in sets.items() if truth not in names or self.fitted_on & one.fingerprints]:
-            raise ChassisError(f"'{bad[0]}' is under no expert's name, or holds passages fitted on: take other prompts")
-        told = {truth or "none": self(one.prompts)["choice"].tolist() for truth, one in sets.items()}
-        rows = [[choices.count(name) for name in names] for choices in told.values()]
-        return pd.DataFrame(rows, index=[*told], columns=[*self.names, "none"])
-
 
 def _states(base: LanguageModel, probes: Probes) -> Iterator[tuple[int, torch.Tensor]]:
     """Number of each prompt and final states `(tokens, hidden)`, float64, without the first, which tells of no text."""

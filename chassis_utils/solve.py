@@ -40,18 +40,13 @@ class Gram:
         return cls.zeros(x.shape[1], y.shape[1], x.device).update(x, y)
 
     def update(self, x: torch.Tensor, y: torch.Tensor) -> Gram:
-        """Add rows `x (n, p)`, `y (n, q)`; returns itself.
-
-        Raises:
-            ChassisError: a value is NaN or infinite, or the numbers of rows differ.
-        """
+        """Add rows `x (n, p)`, `y (n, q)`; returns itself. ChassisError: NaN, infinity, or numbers of rows differ."""
         if len(x) != len(y):
             raise ChassisError(f"{len(x)} rows of x but {len(y)} of y")
         for start in range(0, len(x), BLOCK):
             a, b = x[start : start + BLOCK].double(), y[start : start + BLOCK].double()
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-                rows = f"rows {start} to {start + len(a) - 1}"
-                raise ChassisError(f"{rows} hold NaN or infinity: harvest again in float32")
+                raise ChassisError(f"rows from {start} on hold NaN or infinity: harvest again in float32")
             self.n += len(a)
             self.x += a.sum(0)
             self.y += b.sum(0)
@@ -96,9 +91,7 @@ def ridge(gram: Gram, lam: float = 1e-3, scale: torch.Tensor | None = None) -> t
     """`W (p, q) = (Xc'Xc + lam I)^-1 Xc'Yc` and `b (q,) = mean(y) - mean(x) W`, in float64.
 
     Source: the study's `ridge`; lam is added to the sum of squares, not to the mean. `scale (p,)` stands for I's ones.
-
-    Raises:
-        ChassisError: lam is negative, or the system is singular (lam too small for these rows).
+    ChassisError: lam is negative, or the system is singular (lam too small for these rows).
     """
     if not 0 <= lam < float("inf"):
         raise ChassisError(f"lam = {lam}: give a finite number of at least zero")
@@ -132,20 +125,16 @@ def scaled_ridge(gram: Gram, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def low_rank(
-    weight: torch.Tensor,
-    metric: torch.Tensor | None = None,
-    basis: torch.Tensor | None = None,
-    columns: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, ...]:
+    weight: torch.Tensor, metric: torch.Tensor | None = None,
+    basis: torch.Tensor | None = None, columns: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Factors of `weight (p, k) @ basis (k, q)` whose first r columns are its best rank-r approximation, for every r.
 
     Without a metric that is the SVD. With the covariance `C (p, p)` of x it is reduced-rank regression: the
     SVD of `C^(1/2) weight`, whose discarded singular values are exactly the lost error (Izenman 1975; the same
     as SVD-LLM and QERA). With weights `D (q,)` of the columns it is that of `C^(1/2) weight basis D^(1/2)`. Only
-    matrices of the sizes of p and k are decomposed, never q x q; no basis is the unit matrix.
-
-    Returns:
-        `down (p, m)`, `up (m, q)`, singular values `(m,)`, m = min(p, k), largest first; all float64.
+    matrices of the sizes of p and k are decomposed, never q x q; no basis is the unit matrix. Returns `down (p, m)`,
+    `up (m, q)`, singular values `(m,)`, m = min(p, k), largest first; all float64.
     """
     weight, root, back = weight.double(), None, None
     if basis is not None:
@@ -174,14 +163,10 @@ def low_rank(
 
 
 def kl_fit(
-    x: torch.Tensor,
-    given: Callable[[slice], tuple[torch.Tensor, torch.Tensor]],
-    basis: torch.Tensor,
-    lam: float,
+    x: torch.Tensor, given: Callable[[slice], tuple[torch.Tensor, torch.Tensor]], basis: torch.Tensor, lam: float,
     seen: Callable[[torch.Tensor, torch.Tensor, float], bool | None],
-    passes: int = 10,
-    cap: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits,
-) -> None:
+    passes: int = 10, cap: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits,
+) -> None:  # fmt: skip
     """From no change towards the affine map of least KL that is not far from none.
 
     Logits are `cap(own + (x W + b) basis)`. What is minimised over `W (p, k)` and `b (k,)` is the mean KL plus half of
@@ -191,9 +176,9 @@ def kl_fit(
     Martens and Grosse 2015), so that L-BFGS takes few passes over the rows. The objective is strongly convex without a
     cap: it is nowhere lower by more than the gradient's squared norm in these coordinates over `2 lam / (lam + max C)`.
 
-    `x` is `(n, p)`, `basis (k, q)`. `given` takes a slice of the rows to their `own` logits and target probabilities,
-    `(m, q)` each. `seen` is called after each step with `W`, `b` and the norm of the gradient; it ends the search by
-    giving True. `passes` are steps at most, and the one that sets up F is another. `lam` is above zero.
+    `x` is `(n, p)`, `basis (k, q)`; `given` takes a slice of the rows to their `own` logits and target probabilities,
+    `(m, q)` each; `seen`, called after each step with `W`, `b` and the gradient's norm, ends the search by True.
+    `passes` are steps at most, and the one that sets up F is another. `lam` is above zero.
     """
     n, blocks = len(x), [*torch.arange(len(x)).split(max(1, LOGITS // basis.shape[1]))]
     blocks = [slice(int(block[0]), int(block[-1]) + 1) for block in blocks]

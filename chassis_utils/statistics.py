@@ -40,14 +40,11 @@ class Statistics:
 
     def __add__(self, other: Statistics) -> Statistics:
         """Statistics of both sets of rows; ChassisError: they are of other models, features, positions or layers."""
-        for what in ("base", "expert"):
-            ours, theirs = getattr(self, what), getattr(other, what)
-            if ours.revision != theirs.revision:
-                names = f"{ours.name} ({ours.revision}) and {theirs.name} ({theirs.revision})"
-                raise ChassisError(f"these statistics are of another {what}, {names}: gather both with the same models")
-        for what in ("features", "positions", "layer"):
-            if (ours := getattr(self, what)) != (theirs := getattr(other, what)):
-                raise ChassisError(f"these statistics are of other {what}, {ours} and {theirs}: gather both alike")
+        for what in ("base", "expert", "features", "positions", "layer"):
+            ours, theirs = (getattr(one, what) for one in (self, other))
+            if getattr(ours, "revision", ours) != getattr(theirs, "revision", theirs):
+                both = " and ".join(f"{getattr(x, 'name', x)} {getattr(x, 'revision', '')}" for x in (ours, theirs))
+                raise ChassisError(f"these statistics differ in {what} ({both}): gather both alike")
         kept = (torch.cat(pair) for pair in zip(self.kept, other.kept, strict=True))
         kept = tuple(part[:: -(-len(part) // KEPT)] for part in kept)
         if any(one.fingerprints & two.fingerprints for one in self.probes for two in other.probes):
@@ -71,9 +68,8 @@ def gather(
     """One pass of both models, no deeper than needed; batch by batch the rows are added up and forgotten.
 
     The base runs with its edits, if it has any; a synthetic expert always follows the bare base. `positions` is `last`
-    or `all`; `layer` is the one whose states are the target, negative from the last. ChassisError for statistics that
-    do not fit into memory (before anything is run), a single prompt, values that are not finite, or models whose states
-    at `layer` cannot be subtracted.
+    or `all`; `layer`, negative from the last, has the states that are the target. ChassisError: more than memory holds
+    (before anything is run), a single prompt, values that are not finite, or states that cannot be subtracted.
     """
     layer = base.layer_number(layer)
     if isinstance(expert, ForeignExpert):
@@ -84,8 +80,7 @@ def gather(
         raise ChassisError(f"{expert.name} has no layer {layer} of the size of {base.name}'s: only the final one")
     ids, _ = checked_ids(base, expert, probes)
     if (fold := min(FOLD, len(ids))) < 2:
-        why = f"'{probes.name}' has one prompt, and every eighth is held out to choose by"
-        raise ChassisError(f"{why}: give two or more")
+        raise ChassisError(f"'{probes.name}' has one prompt, and every eighth is held out: give two or more")
     p, q = sum(features.sizes(base)), base.hidden_size
     q += expert.readout.weight.shape[1] if layer == base.num_layers else 0
     _check_memory(p, q, base.vocab_size if layer == base.num_layers else 0)

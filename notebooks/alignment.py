@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from chassis_utils import Activations, Adapter, ChassisError, Gram, ridge
+from chassis_utils import Activations, Adapter, ChassisError, Gram, LanguageModel, ridge
 from chassis_utils.adapter import assembled, method
 from chassis_utils.solve import low_rank
 
@@ -53,3 +55,16 @@ def _same_size(a: Activations) -> None:
     if ours != theirs:
         sizes = f"{a.base.name} has hidden size {ours}, {a.expert.name} {theirs}"
         raise ChassisError(f"{sizes}: use a method on logits, as rrr")
+
+
+def into_hidden(adapter: Adapter, base: LanguageModel, inverse: str = "pseudo") -> Adapter:
+    """The change of logits as a change of the head's input.
+
+    The inverse of the base's head is `pseudo` (least squares over the corrected columns), or `transpose`, which
+    multiplies by the head's rows instead, as experiment 6 did. ChassisError where it changes hidden states already.
+    """
+    if adapter.space == "hidden" or inverse not in ("pseudo", "transpose"):
+        raise ChassisError(f"inverse = '{inverse}' of an adapter in {adapter.space}: logits by pseudo or transpose")
+    rows = base.readout.weight if adapter.columns is None else base.readout.weight[adapter.columns]
+    back = rows if inverse == "transpose" else torch.linalg.pinv(rows.double().T).to(rows.dtype)
+    return replace(adapter, up=adapter.up @ back, bias=adapter.bias @ back, columns=None, space="hidden")

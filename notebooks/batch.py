@@ -20,7 +20,8 @@ import yaml
 
 import chassis_utils
 from chassis_utils import ChassisError
-from chassis_utils.records import forget, locked, made
+from chassis_utils.files import locked, made
+from records import forget
 
 PARAMETERS = ("base", "expert", "n_train", "ranks", "layers", "seed", "device", "out_dir")
 _PROFILES = Path("notebooks", "profiles.yml")
@@ -150,9 +151,9 @@ def _execute(source: Path, out: Path, values: dict[str, Any], lock: int) -> str 
         # A page of the book shows its parameters: inside the project they name no folder of this machine.
         inside = out.is_relative_to(source.parents[1])
         values = values | {"out_dir": os.path.relpath(out, source.parent) if inside else str(out)}
-    # The notebooks import the package that runs them, installed or not.
-    package = str(Path(chassis_utils.__file__).resolve().parents[1])
-    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    # Notebooks import the package and the modules that run them, installed or not, wherever they lie themselves.
+    ours = Path(chassis_utils.__file__).resolve().parents[1], Path(__file__).resolve().parent
+    path = os.pathsep.join(filter(None, (*map(str, ours), os.environ.get("PYTHONPATH"))))
     # The child keeps the lock open, so that a run whose parent was killed still counts as one.
     options = {"env": os.environ | {"CHASSIS_HEADLESS": "1", "PYTHONPATH": path}, "pass_fds": (lock,), "text": True}
     task = json.dumps([str(source), str(partial), values])

@@ -33,6 +33,7 @@ from chassis_utils import (
 )
 from chassis_utils.activations import batched
 from chassis_utils.adapter import assembled, method
+from chassis_utils.bridge import spelled
 from chassis_utils.metrics import kl, ratio_bounds
 from chassis_utils.solve import low_rank
 from chassis_utils.tokens import ids_of, offsets
@@ -45,6 +46,26 @@ COLOURS = STYLES["colours"]
 BATCH = 32  # prompts a batch, as in the study
 LEAST = 48  # bytes before a cut: passages begin alike, and a text that was fitted on must not be judged on
 TINY = 1e-30  # a target's zeros, for the logarithm: their share of a KL is below any rounding
+
+
+class StringBridge(Bridge):
+    """Stages A and B as the study had them: by strings, with all its faults (rows 14 and 15).
+
+    Tokens are decoded one by one, the last of equal strings has them all, and of what the expert says its 256 likeliest
+    tokens count; two base tokens that spell a word have ids below 4,096, and the word at most 10 letters.
+    """
+
+    def _homes(self) -> list[list[int]]:
+        if self.stage not in ("A", "B"):
+            raise ChassisError(f"the study compared no strings in stage {self.stage}: take Bridge")
+        models = self.expert, self.base
+        expert, base = (model.tokenizer.batch_decode([[i] for i in range(model.vocab_size)]) for model in models)
+        few = [*enumerate(base)][:4096] if self.stage == "B" else []
+        ids, first = {text: [i] for i, text in enumerate(base)}, {text: i for i, text in reversed(few)}
+        return [ids.get(text) or (spelled(text, first) if len(text) <= 10 else []) for text in expert]
+
+    def _placed(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        return super()._placed(kept(torch.from_numpy(rows), min(256, rows.shape[1])).numpy())
 
 
 # ------------------------------------------------------------------------------------- what models write and read
@@ -308,7 +329,7 @@ def chosen(train: Activations, val: Activations, lams: Iterable[float] = LAMS) -
     """Ridge to a target's logits with the penalty that is best on `val`."""
     tried = [fit(train, "told", lam=lam).named("ridge") for lam in lams]
     own = logits(val.base, val.layer(-1))
-    return min(tried, key=lambda one: float(kl(val.expert_hidden, own + one.delta(val.layer(-1))).mean()))
+    return min(tried, key=lambda one: float(kl(val.expert_hidden, own + one.correction(val.hidden)).mean()))
 
 
 # ------------------------------------------------------------------------------------- where tokens go

@@ -1,12 +1,24 @@
-"""The map of page 10: recovered share over the ranks of expert and adapter."""
+"""Page 10: recovered share over the ranks of expert and adapter, and intervals over seeds."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import pandas as pd
 import plotly.graph_objects as go
+from scipy.stats import sem, t
 
 from chassis_utils import ChassisError
 from plots import STYLES, _buttons, _dropdowns, _finish, _measured, _numbers, _owned, style
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Mean and the bounds of its t-interval, over seeds: two at least, or ChassisError, as one tells of no spread."""
+    if len(values) < 2:
+        raise ChassisError(f"an interval over {len(values)} seed: measure at least two")
+    mean, reach = math.fsum(values) / len(values), float(t.ppf(0.5 + level / 2, len(values) - 1) * sem(values))
+    return mean, mean - reach, mean + reach
 
 
 def phase_diagram(

@@ -19,7 +19,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from chassis_utils.errors import ChassisError
-from chassis_utils.records import SPLITS
+from chassis_utils.probes import SPLITS
 
 STYLES = json.loads(Path(__file__).with_name("styles.json").read_text(encoding="utf-8"))
 # Okabe and Ito's hues and a few between them, all moved to a contrast of 3 on white and on black. The last three are

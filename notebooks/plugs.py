@@ -73,10 +73,10 @@ class BiasExpert:
     @classmethod
     def from_base(cls, base: LanguageModel, name: str, bias: torch.Tensor, gate: torch.Tensor | None = None) -> Self:
         """Add `bias (vocab,)`, where `gate (hidden + 1, 1)` is open if there is one; ChassisError if it cannot be."""
-        own, rows = base.readout, base.hidden_size + 1
+        own, rows, size = base.readout, base.hidden_size + 1, base.vocab_size
         bias, gates = bias.to(own.weight), own.weight.new_zeros(rows, 0) if gate is None else gate.to(own.weight)
-        if bias.shape != (own.vocab_size,) or len(gates) != rows or not bias.isfinite().all():
-            raise ChassisError(f"{name} does not fit {base.name}: give {own.vocab_size} finite biases, gates of {rows}")
+        if bias.shape != (size,) or len(gates) != rows or not bias.isfinite().all():
+            raise ChassisError(f"{name} does not fit {base.name}: give {size} finite biases, gates of {rows}")
         if gate is None:
             parts = {"bias": bias if own.bias is None else own.bias + bias}
         else:

@@ -33,7 +33,8 @@ from transformers import PreTrainedTokenizerBase as TokenizerBase
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from chassis_utils import ChassisError
-from chassis_utils.records import replace_text, replacing
+from chassis_utils.files import replacing
+from records import replace_text
 
 CONTEXT = 256
 

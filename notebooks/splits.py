@@ -1,11 +1,12 @@
-"""Everything a notebook judges by, harvested in one call."""
+"""Everything a notebook judges by, harvested in one call, and parts of it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from chassis_utils import Activations, LanguageModel, harvest, probe_set
+from chassis_utils import Activations, ChassisError, LanguageModel, harvest, probe_set
 from plugs import SyntheticExpert
 
 
@@ -32,3 +33,15 @@ def harvest_splits(
     go = partial(harvest, base, expert, out_dir=out_dir, progress=progress)
     last = {k: go(probe_set(*named), "last") for k, named in sets.items()}
     return last | {k: go(probe_set(*named), "all") for k, named in texts.items()}
+
+
+def subset(a: Activations, n: int, first: int = 0) -> Activations:
+    """Only n of the prompts, from number `first` on. ChassisError if there are fewer, or more rows than prompts."""
+    if not (0 <= first and 1 <= n <= len(a.probes) - first):
+        raise ChassisError(f"n = {n} from {first}: outside 1..{len(a.probes)}, prompts of '{a.probes.name}'")
+    if a.positions == "all":
+        raise ChassisError("a part of the prompts has other bytes: harvest that part instead")
+    part = slice(first, first + n)
+    rows = {k: getattr(a, k)[part] for k in ("expert_hidden", "prompt", "next_token")}
+    rows["hidden"] = {place: states[part] for place, states in a.hidden.items()}
+    return replace(a, probes=replace(a.probes, prompts=a.probes.prompts[part]), **rows)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from chassis_utils import read_records
-from chassis_utils.records import METRICS, locked, replace_text
+from chassis_utils.files import locked
+from records import METRICS, read_records, replace_text
 
 #: What tells one row of `results_table` from another, and its columns.
 _POINT = tuple("experiment base expert method rank layer split probes n seed".split())

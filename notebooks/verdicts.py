@@ -13,7 +13,8 @@ from pathlib import Path
 import pandas as pd
 
 from chassis_utils.errors import ChassisError
-from chassis_utils.records import EXPERIMENTS, locked, read_records, replace_text
+from chassis_utils.files import locked
+from records import EXPERIMENTS, read_records, replace_text
 
 FILE = "verdicts.json"
 HELD_OUT = ("test", "template", "text")

@@ -13,9 +13,9 @@ import torch
 import transformers as tf
 
 from chassis_utils import Activations, ChassisError, LanguageModel, Probes, harvest, load
-from chassis_utils.records import _NAMES, _missing
 from plugs import SyntheticExpert
 from pocket_recipe import llama_tokenizer
+from records import _NAMES, _missing
 
 VOCAB = 400
 WORDS = [
@@ -55,6 +55,11 @@ ARCHITECTURES: dict[str, dict] = {
     "StableLm": _SMALL | {"num_key_value_heads": 4},
     "Granite": _SMALL | {"logits_scaling": 4.0, "num_key_value_heads": 2},
     "Starcoder2": _SMALL | {"num_key_value_heads": 2},
+    "Mixtral": _SMALL | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "DeepseekV3": _SMALL
+    | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
+    | {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_nope_head_dim": 8}
+    | {"n_group": 1, "topk_group": 1, "bos_token_id": 1, "eos_token_id": 2},
 }
 
 

@@ -15,6 +15,7 @@ from tokenizers import normalizers
 from chassis_utils import Activations, LanguageModel, Probes, evaluate, fit, harvest, load
 from plugs import SyntheticExpert
 from pocket_recipe import gpt2_tokenizer, llama_tokenizer
+from splits import subset
 
 FIGURES = ["kl", "kl_identity", "recovered", "top1_agreement", "bits_per_byte"]
 METHODS = ("v1", "rrr", "lens")
@@ -323,7 +324,7 @@ def test_a_folder_that_cannot_be_written_is_refused(activations: Activations, tm
 def test_a_part_of_the_prompts_is_the_same_as_harvesting_that_part(
     base: LanguageModel, expert: LanguageModel, activations: Activations
 ) -> None:
-    part, whole = activations.subset(20, 50), activations.probes
+    part, whole = subset(activations, 20, 50), activations.probes
     alone = harvest(base, expert, Probes(whole.name, whole.split, whole.prompts[50:70]), progress=False)
     assert part.probes == alone.probes and len(part) == 20
     for layer in activations.layers:
@@ -331,7 +332,7 @@ def test_a_part_of_the_prompts_is_the_same_as_harvesting_that_part(
     torch.testing.assert_close(part.expert_hidden, alone.expert_hidden, atol=1e-4, rtol=1e-4)
     for n, first in ((0, 0), (91, 0), (41, 50), (5, -1)):
         with refused(f"n = {n}", "90"):
-            activations.subset(n, first)
+            subset(activations, n, first)
 
 
 def test_shards_of_other_weights_are_noticed_said_and_made_again(

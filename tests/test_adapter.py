@@ -3,15 +3,18 @@
 import errno
 import json
 import os
+import pickle
 import resource
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make, refused
+from conftest import VOCAB, make, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import alignment  # noqa: F401  registers hidden, aligned and projected
 from chassis_utils import Activations, Adapter, LanguageModel, Probes, evaluate, fit, harvest, load
@@ -223,7 +226,7 @@ def test_an_adapter_comes_back_equal(
         else:
             assert getattr(back, name) == value
     assert torch.equal(back.logits(base, activations.hidden), adapter.logits(base, activations.hidden))
-    assert sorted(p.name for p in folder.iterdir()) == ["adapter.json", "adapter.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "adapter.json", "adapter.safetensors"]
     assert [p.name for p in folder.parent.iterdir()] == ["adapter"]
 
 
@@ -346,10 +349,249 @@ def test_damaged_values_are_refused(activations: Activations, tmp_path: Path, na
         Adapter.load(tmp_path / "adapter")
 
 
+# ------------------------------------------------------------------------------------------ attacks
+
+
+def _tensors(**change: torch.Tensor | None) -> object:
+    """Other tensors in the file, None for one that is left out."""
+
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "adapter.safetensors") | change
+        save_file({k: t for k, t in tensors.items() if t is not None}, folder / "adapter.safetensors")
+
+    return damage
+
+
+def _written(header: object, body: int, raw: bytes | None = None) -> object:
+    """A safetensors file by hand, its body a hole of so many bytes."""
+
+    def damage(folder: Path) -> None:
+        text = json.dumps(header).encode() if raw is None else raw
+        with (folder / "adapter.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + body)
+
+    return damage
+
+
+def _text(change: str) -> object:
+    """JSON in which the first number of `lam` is written otherwise."""
+
+    def damage(folder: Path) -> None:
+        path = folder / "adapter.json"
+        path.write_text(path.read_text().replace('"lam": 0.001', f'"lam": {change}'))
+        assert change in path.read_text()
+
+    return damage
+
+
+def _outside(name: str) -> object:
+    """A file that is a link to its copy somewhere else."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).rename(folder.parent / name)
+        (folder / name).symlink_to(folder.parent / name)
+
+    return damage
+
+
+class Payload:
+    """Unpickled, it runs a command."""
+
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch owned",)
+
+
+def _large(elements: int) -> dict:
+    shapes = {"down": [32, 2], "up": [2, elements], "bias": [elements]}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 4 * torch.Size(shape).numel()
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    return header
+
+
+def _features(**change: object) -> dict:
+    return {"places": [3], "random": 0, "kind": "relu", "width": 1.0, "seed": 0} | change
+
+
+NOT_JSON = ("NaN", "Infinity", "-Infinity", "1e999", "1" * 5000)
+EDIT = {"method": "x", "layer": 1, "rank": 1, "base_name": "", "head_hash": "", "space": "hidden", "onto": "layer"}
+EDIT |= {"features": None, "edits": [], "info": {}}
+ATTACKS = {
+    "a pickle": lambda folder: (folder / "adapter.safetensors").write_bytes(pickle.dumps(Payload())),
+    "a pickle by torch": lambda folder: torch.save({"down": Payload()}, folder / "adapter.safetensors"),
+    "deep json": lambda folder: (folder / "adapter.json").write_text("[" * 10**6),
+    "deep json of the right size": lambda folder: (folder / "adapter.json").write_text("[" * 10**5 + "]" * 10**5),
+    "large json": lambda folder: (folder / "adapter.json").write_text(" " * 2**20 + "{}"),
+    "a header that claims": _written(_large(10**12), 100),
+    "a header longer than the file": lambda folder: (folder / "adapter.safetensors").write_bytes(b"\xff" * 7 + b"\x0f"),
+    "a header of two megabytes": _written(None, 0, b"{" + b" " * 2**21 + b"}"),
+    "a file with a hole": _written(_large(2**34), 8 * 32 + 12 * 2**34),
+    "a header that is no object": _written([1], 0),
+    "a path in a name": _tensors(**{"../../owned": torch.zeros(1)}),
+    "an absolute name": _tensors(**{"/owned": torch.zeros(1)}),
+    "an edit before the first": _tensors(**{"edits.-1.down": torch.zeros(1, 1)}),
+    "an edit that is not there": _tensors(**{"edits.7.down": torch.zeros(1, 1)}),
+    "a name more": _tensors(gate=torch.zeros(1)),
+    "a tensor less": _tensors(bias=None),
+    "a tensor of whole numbers": _tensors(bias=torch.zeros(VOCAB, dtype=torch.long)),
+    "a tensor of halves": _tensors(bias=torch.zeros(VOCAB, dtype=torch.float16)),
+    "a bias of another length": _tensors(bias=torch.zeros(3)),
+    "a bias in two dimensions": _tensors(bias=torch.zeros(1, VOCAB)),
+    "infinity": _tensors(bias=torch.full((VOCAB,), torch.inf)),
+    "values that are none": _tensors(values=torch.full((3,), torch.nan)),
+    "columns before the first": _tensors(columns=torch.arange(VOCAB) - 1),
+    "a name of two lines": _json({"base_name": "pocket\nbase"}),
+    "a name that colours the terminal": _json({"base_name": "\x1b[31mbase"}),
+    "a name without end": _json({"base_name": "x" * 10**5}),
+    "a format of two lines": _json({"format": "3\n3"}),
+    "rank": _json({"rank": 3}),
+    "layer": _json({"layer": -1}),
+    "a tensor in the json": _json({"down": [1]}),
+    "info": _json({"info": []}),
+    "edits": _json({"edits": {"a": 1}}),
+    "an edit of nothing": _json({"edits": [None]}),
+    "an edit without tensors": _json({"edits": [EDIT]}),
+    "more random features than numbers": _json({"features": _features(random=10**9)}),
+    "random features that are no number": _json({"features": _features(random="9")}),
+    "half a random feature": _json({"features": _features(random=0.5)}),
+    "a seed that is no number": _json({"features": _features(seed="0")}),
+    "a width without end": _json({"features": _features(width=10**400)}),
+    "a feature more": _json({"features": _features(code="import os")}),
+    "no place": _json({"features": _features(places=[])}),
+    "a place that is none": _json({"features": _features(places=[[3]])}),
+    "tensors elsewhere": _outside("adapter.safetensors"),
+    "json elsewhere": _outside("adapter.json"),
+    "a pipe": lambda folder: ((folder / "adapter.json").unlink(), os.mkfifo(folder / "adapter.json")),
+    "a folder for a file": lambda folder: ((folder / "adapter.json").unlink(), (folder / "adapter.json").mkdir()),
+    "a link to the folder": lambda f: ((f / "adapter.json").unlink(), (f / "adapter.json").symlink_to(".")),
+} | {f"{text[:9]} in json": _text(text) for text in NOT_JSON}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_hostile_folder_does_nothing_but_be_refused(
+    saved: Path, base: LanguageModel, attack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ATTACKS[attack](saved)
+    monkeypatch.chdir(saved.parent)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    for port in (None, base):
+        with refused(str(saved), "not a readable adapter folder"):
+            Adapter.load(saved, port)
+    assert time.perf_counter() - start < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes"
+    assert not (saved.parent / "owned").exists()
+
+
+HUGE = {
+    "a map to more tokens than there are": _written(_large(2**28), 8 * 32 + 12 * 2**28),
+    "rank without end": _written(
+        {
+            "down": {"dtype": "F32", "shape": [2**28, 2], "data_offsets": [0, 2**31]},
+            "up": {"dtype": "F32", "shape": [2, 400], "data_offsets": [2**31, 2**31 + 3200]},
+            "bias": {"dtype": "F32", "shape": [400], "data_offsets": [2**31 + 3200, 2**31 + 4800]},
+        },
+        2**31 + 4800,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_what_the_base_does_not_have_is_not_read(saved: Path, base: LanguageModel, name: str) -> None:
+    HUGE[name](saved)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with refused(base.name, "sizes", "fit one for this base"):
+        Adapter.load(saved, base)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes"
+
+
+def test_random_features_need_their_own_numbers_in_the_file(saved: Path, base: LanguageModel) -> None:
+    # As many as the map has rows beyond the state's own; the base says how wide the state is.
+    for rows, random in ((32, 1), (40, 9), (40, 7), (31, 0)):
+        _tensors(down=torch.zeros(rows, 2))(saved)
+        _json({"features": _features(random=random)})(saved)
+        with refused("sizes", base.name):
+            Adapter.load(saved, base)
+    # A map of no rank has no numbers, however many rows it says.
+    _tensors(down=torch.zeros(10**9, 0), up=torch.zeros(0, VOCAB))(saved)
+    _json({"features": _features(random=10**9 - 1), "rank": 0})(saved)
+    with refused("not a readable adapter folder"):
+        Adapter.load(saved)
+    _tensors(down=torch.zeros(40, 2), up=torch.zeros(2, VOCAB))(saved)
+    _json({"features": _features(random=8), "rank": 2})(saved)
+    assert Adapter.load(saved, base).features.random == 8
+
+
+def test_places_and_columns_are_those_of_the_base(saved: Path, base: LanguageModel) -> None:
+    for change in ({"layer": 99}, {"features": _features(places=["block 99"])}, {"features": _features(places=["x"])}):
+        good = (saved / "adapter.json").read_text()
+        _json(change)(saved)
+        with refused("does not exist", base.name):
+            Adapter.load(saved, base)
+        (saved / "adapter.json").write_text(good)
+    columns = torch.arange(4)
+    columns[-1] = base.vocab_size
+    _tensors(columns=columns, up=torch.zeros(2, 4), bias=torch.zeros(4))(saved)
+    with refused("tokens", base.name):
+        Adapter.load(saved, base)
+
+
+def test_a_folder_may_be_a_link(saved: Path, base: LanguageModel) -> None:
+    (saved.parent / "link").symlink_to(saved)
+    assert Adapter.load(saved.parent / "link", base).rank == 2
+    # And its files may be links to one another's place.
+    (saved / "adapter.json").rename(saved / "real.json")
+    (saved / "adapter.json").symlink_to("real.json")
+    assert Adapter.load(saved.parent / "link", base).rank == 2
+
+
+def test_nothing_that_is_not_finite_is_written(activations: Activations, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        replace(fit(activations, "rrr", 2), info={"lam": float("nan")}).save(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_format_is_refused(saved: Path) -> None:
     _json({"format": 99})(saved)
     with refused("99", "fit it again"):
         Adapter.load(saved)
+
+
+def test_the_json_says_what_an_adapter_is_of(saved: Path, activations: Activations) -> None:
+    base, expert, plain = activations.base, activations.expert, json.loads((saved / "adapter.json").read_text())
+    known = {"format": 3, "method": "rrr", "rank": 2, "features": None, "base_name": base.name}
+    assert known.items() <= plain.items() and plain["head_hash"] == base.head_hash
+    told = {"expert": expert.name, "expert_revision": expert.revision, "base_revision": base.revision}
+    told |= {"tokenizer_hash": base.tokenizer_hash, "licence": "unknown", "n": 90, "lam": 1e-3, "positions": "last"}
+    assert told.items() <= plain["info"].items()
+
+
+def test_another_tokenizer_or_body_is_refused(
+    activations: Activations, fresh: LanguageModel, base: LanguageModel, tmp_path: Path
+) -> None:
+    adapter = fit(activations, "rrr", 2)
+    assert adapter.check_base(fresh) is adapter
+    with torch.no_grad():
+        fresh.model.model.layers[0].mlp.up_proj.weight.add_(0.01)
+    fresh.__dict__.pop("revision", None)
+    with refused("body", adapter.info["base_revision"], fresh.revision, base.name):
+        adapter.check_base(fresh)
+    words = make(tmp_path / "words", num_hidden_layers=3)
+    path = words / "tokenizer.json"
+    plain = json.loads(path.read_text())
+    ids = plain["model"]["vocab"]
+    ids["▁runs"], ids["▁rolls"] = ids["▁rolls"], ids["▁runs"]
+    path.write_text(json.dumps(plain))
+    other = load(str(words), device="cpu")
+    assert other.head_hash == base.head_hash and other.revision == base.revision
+    with refused("tokenizer", base.tokenizer_hash, other.tokenizer_hash, other.name):
+        adapter.check_base(other)
+    # What does not say is held to its head alone; edits of the base may come after the fit.
+    assert replace(adapter, info={}).check_base(fresh)
+    edit = replace(fit(activations, "hidden", 1), layer=1, onto="layer")
+    assert adapter.check_base(base.edited(edit))
 
 
 def test_an_adapter_of_another_base_is_refused(saved: Path, expert: LanguageModel, base: LanguageModel) -> None:

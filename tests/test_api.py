@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from chassis_utils import ApiExpert, Bridge, LanguageModel, load
 from chassis_utils.api import _read, placed
-from chassis_utils.records import locked
+from chassis_utils.files import locked
 from chassis_utils.tokens import token_bytes
 
 ROOT = Path(__file__).resolve().parents[1]

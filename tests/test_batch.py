@@ -13,10 +13,11 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 import batch
 from batch import build_book, load_profile, run
 from chassis_utils.errors import ChassisError
-from chassis_utils.records import locked, read_records
+from chassis_utils.files import locked
+from records import read_records
 
 WRITES = """
-from chassis_utils.records import Records
+from records import Records
 records = Records(out_dir, experiment="port", notebook="{stem}", seed=seed)
 records.add(metric="kl", value=0.5, method="ridge")
 records.save()

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from bridging import StringBridge
 from chassis_utils import LanguageModel, load
-from chassis_utils.bridge import Bridge, _Reader, _spelled
+from chassis_utils.bridge import Bridge, _Reader, spelled
 from chassis_utils.tokens import token_bytes
 
 KINDS = ("sentencepiece", "no pre-tokenizer", "byte-level", "unigram", "whole words", "wordpiece")
@@ -225,7 +226,7 @@ def test_a_and_b_by_string_are_the_search_of_the_study(pocket: tuple[LanguageMod
                     homes = [i for i, rest in begin if rest in own[:4096]][:1]
                 for home in homes:
                     out[home] += row[token]
-        found = Bridge(expert, base, stage, match="string")(rows)
+        found = StringBridge(expert, base, stage)(rows)
         assert torch.allclose(found.probabilities, naive, atol=1e-12)
         assert torch.allclose(found.probabilities.sum(1) + found.unplaced, torch.ones(2).double())
 
@@ -312,17 +313,17 @@ def test_segmenting_is_a_thousand_times_faster_than_the_search(pocket: tuple[Lan
     slow = (time.perf_counter() - start) * len(own) / 200
     start = time.perf_counter()
     for _ in range(100):
-        _spelled(word, first)
+        spelled(word, first)
     assert slow > 1000 * (time.perf_counter() - start) / 100
-    assert searched is None or searched == _spelled(word, first)[0]
+    assert searched is None or searched == spelled(word, first)[0]
 
 
 def test_bad_input_is_refused_in_one_line(pocket: tuple[LanguageModel, LanguageModel]) -> None:
     expert, base = pocket
     with refused("D", "A, B, C, exact"):
         Bridge(expert, base, "D")
-    with refused("C", "string"):
-        Bridge(expert, base, "C", match="string")
+    with refused("no strings in stage C"):
+        StringBridge(expert, base, "C")
     with refused("budget -1"):
         Bridge(expert, base, budget=-1)
     bridge = Bridge(expert, base, "A")

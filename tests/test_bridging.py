@@ -14,6 +14,7 @@ from conftest import refused
 from bridging import (
     LEAST,
     Places,
+    StringBridge,
     Target,
     all_tokens,
     chosen,
@@ -200,7 +201,8 @@ def test_a_told_fit_is_the_ridge_of_its_definition(places: Places, segments: Bri
     y = (wanted.float() - places.own).double()
     xc = x - x.mean(0)
     weight = torch.linalg.solve(xc.T @ xc + 2.0 * torch.eye(x.shape[1]), xc.T @ (y - y.mean(0)))
-    assert torch.allclose(adapter.delta(places.hidden).double(), xc @ weight + y.mean(0), atol=1e-3)
+    added = adapter.correction({adapter.layer: places.hidden}).double()
+    assert torch.allclose(added, xc @ weight + y.mean(0), atol=1e-3)
     assert adapter.fitted_on == places.probes.fingerprints
 
 
@@ -211,7 +213,8 @@ def test_v1_of_given_logits_is_v1_of_an_expert_that_has_a_head(model: LanguageMo
     given = places.beside(Target("t", "1"), logits(model, state))
     theirs, ours = fit(with_head, "v1", lam=1.0), fit(given, "told_v1", lam=1.0)
     assert torch.equal(theirs.columns, ours.columns)
-    assert torch.allclose(theirs.delta(places.hidden), ours.delta(places.hidden), atol=1e-2)
+    added = [one.correction({one.layer: places.hidden}) for one in (theirs, ours)]
+    assert torch.allclose(*added, atol=1e-2)
 
 
 def test_the_penalty_chosen_is_the_best_on_val(places: Places, segments: Bridge) -> None:
@@ -257,7 +260,7 @@ def test_mass_goes_where_homes_say(model: LanguageModel, plug: LanguageModel, in
 
 
 def test_all_tokens_keeps_what_a_bridge_by_string_drops(model: LanguageModel, plug: LanguageModel) -> None:
-    strings = Bridge(plug, model, "A", match="string")
+    strings = StringBridge(plug, model, "A")
     said = torch.rand(2, plug.vocab_size, generator=torch.Generator().manual_seed(0)).double()
     said = said / said.sum(1, keepdim=True)
     cut = kept(said, 256)

@@ -117,11 +117,11 @@ def test_statistics_of_other_models_or_features_do_not_add_up(
     base: LanguageModel, expert: LanguageModel, prompts: Probes, synthetic: SyntheticExpert
 ) -> None:
     one = gather(base, expert, prompts, Features((3,)), progress=False)
-    with refused("another expert", synthetic.name, expert.name):
+    with refused("differ in expert", synthetic.name, expert.name):
         one + gather(base, synthetic, prompts, Features((3,)), progress=False)
     with refused("in both statistics", "once"):
         one + one
-    with refused("other features", "(2,)"):
+    with refused("differ in features", "(2,)"):
         one + gather(base, expert, prompts, Features((2,)), progress=False)
 
 
@@ -208,7 +208,7 @@ def test_v2_comes_back_from_its_folder(solved: tuple[Activations, Adapter], tmp_
     assert back.revision == v2.revision and back.num_parameters == v2.num_parameters
     tables = [evaluate(a.base, a.expert, one, probe_set("verse", "val", 2), positions="all") for one in (v2, back)]
     assert tables[0]["kl"].tolist() == tables[1]["kl"].tolist()
-    assert [p.name for p in sorted((tmp_path / "v2").iterdir())] == ["adapter.json", "adapter.safetensors"]
+    assert [p.name for p in sorted((tmp_path / "v2").iterdir())] == ["README.md", "adapter.json", "adapter.safetensors"]
 
 
 def test_v2_does_not_care_for_the_order_of_prompts_beyond_which_are_held_out(

@@ -6,11 +6,13 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, make, refused
 
+from alignment import into_hidden
 from chassis_utils import Activations, Adapter, LanguageModel, Probes, evaluate, fit, harvest, load
 from chassis_utils import activations as module
 from chassis_utils.metrics import kl
 from descent import gradient
 from plugs import SyntheticExpert
+from splits import subset
 
 
 @dataclass(frozen=True)
@@ -117,31 +119,31 @@ def test_a_synthetic_expert_is_a_function_of_the_bare_base(
 def test_logits_become_states_by_least_squares(activations: Activations, synthetic: SyntheticExpert) -> None:
     a = activations.against(synthetic)
     rrr = fit(a, "rrr")
-    table = evaluate(a.base, synthetic, [rrr, rrr.into_hidden(a.base)], a)
+    table = evaluate(a.base, synthetic, [rrr, into_hidden(rrr, a.base)], a)
     # The synthetic expert's change of logits is the image of a change of state: nothing is lost.
     assert table["recovered"].iloc[1:].min() > 0.999
     v1 = fit(a, "v1", 3, top_k=50)
-    turned = v1.into_hidden(a.base, "transpose")
-    wanted = v1.delta(a.hidden[3]) @ a.base.readout.weight[v1.columns]
-    torch.testing.assert_close(turned.delta(a.hidden[3]), wanted, atol=1e-4, rtol=1e-3)
+    turned = into_hidden(v1, a.base, "transpose")
+    wanted = v1.correction(a.hidden) @ a.base.readout.weight[v1.columns]
+    torch.testing.assert_close(turned.correction(a.hidden), wanted, atol=1e-4, rtol=1e-3)
     with refused("inverse", "pseudo"):
-        v1.into_hidden(a.base, "inverse")
+        into_hidden(v1, a.base, "inverse")
     with refused("hidden"):
-        turned.into_hidden(a.base)
+        into_hidden(turned, a.base)
 
 
 def test_a_part_of_the_prompts_and_another_expert_need_no_pass(
     activations: Activations, synthetic: SyntheticExpert, prompts: Probes
 ) -> None:
     base = activations.base
-    part = activations.subset(20).against(synthetic)
+    part = subset(activations, 20).against(synthetic)
     again = harvest(base, synthetic, Probes("rivers", "train", prompts.prompts[:20]), progress=False)
     for layer, state in again.hidden.items():
         torch.testing.assert_close(part.hidden[layer], state, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(part.expert_hidden, again.expert_hidden, atol=1e-5, rtol=1e-4)
     assert part.probes == again.probes and len(part) == 20
     with refused("n = 91", "1..90"):
-        activations.subset(91)
+        subset(activations, 91)
     with refused("every position"):
         gradient(activations, 1)
 

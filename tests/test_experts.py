@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make, refused
 
-import alignment  # noqa: F401  it registers three methods
+from alignment import into_hidden  # and three methods
 from chassis_utils import LanguageModel, Probes, evaluate, fit, gather, harvest, load, probe_set
 from chassis_utils.features import Features
 from chassis_utils.models import tensor_hash
@@ -89,7 +89,7 @@ def test_an_edited_base_is_compared_with_the_same_expert(
     base: LanguageModel, gated: BiasExpert, prompts: Probes
 ) -> None:
     a = harvest(base, gated, prompts, progress=False)
-    port = base.edited(fit(a.against(gated), "rrr", layer=1).into_hidden(base))
+    port = base.edited(into_hidden(fit(a.against(gated), "rrr", layer=1), base))
     moved = harvest(port, gated, prompts, progress=False)
     assert not torch.equal(moved.hidden[a.final], a.hidden[a.final])
     torch.testing.assert_close(moved.expert_hidden, a.expert_hidden, atol=1e-4, rtol=1e-4)
@@ -140,7 +140,7 @@ def test_the_same_name_gives_the_same_expert_and_strength_scales_it(pocket: Lang
 
 def test_a_gate_is_fitted_to_the_bare_base(pocket: LanguageModel, prompts: Probes) -> None:
     a = harvest(pocket, load_expert("bias", pocket), prompts, progress=False)
-    port = pocket.edited(fit(a.against(load_expert("style", pocket)), "rrr", layer=3).into_hidden(pocket))
+    port = pocket.edited(into_hidden(fit(a.against(load_expert("style", pocket)), "rrr", layer=3), pocket))
     assert torch.equal(personal_gate(port), personal_gate(pocket))
 
 

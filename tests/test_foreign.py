@@ -145,8 +145,6 @@ def test_what_cannot_be_is_refused(models: tuple[LanguageModel, LanguageModel]) 
     base, phi = models
     with refused("stage A, B or C"):
         ForeignExpert(Bridge(phi, base))
-    with refused("stage A, B or C"):
-        ForeignExpert(Bridge(phi, base, "A", match="string"))
     expert = ForeignExpert(Bridge(phi, base, "C"))
     other = load("pocket-math", device="cpu")
     with refused("pocket-base", "pocket-math", "bridge"):

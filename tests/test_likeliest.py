@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import torch
 
-from chassis_utils import Bridge, LanguageModel, Records, load, probe_set
+from chassis_utils import Bridge, LanguageModel, load, probe_set
 from likeliest import QUANTITIES, against_k, cut, following, loss, record, summary
+from records import Records
 
 SIZES = [1, 20, 300]
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import budgets
+from alignment import into_hidden
 from budgets import choose_rank, reaching
 from chassis_utils import (
     Activations,
@@ -24,7 +25,8 @@ from chassis_utils import (
     harvest,
     load,
 )
-from chassis_utils.metrics import interval, kl, ratio_bounds
+from chassis_utils.metrics import kl, ratio_bounds
+from phase import interval
 from plugs import SyntheticExpert, exact_adapter
 from pocket_recipe import gpt2_tokenizer
 
@@ -258,7 +260,7 @@ def test_the_rank_for_a_kl_is_the_smallest_that_reaches_it(
     activations: Activations, unseen: Probes, waves: Adapter, space: str
 ) -> None:
     base, expert = activations.base, activations.expert
-    adapter = waves if space == "logits" else waves.into_hidden(base)
+    adapter = waves if space == "logits" else into_hidden(waves, base)
     held = harvest(base, expert, unseen, progress=False)
     ranks = range(1, adapter.rank + 1)
     found = evaluate(base, expert, [adapter.at_rank(rank) for rank in ranks], held)["kl"].tolist()[1:]

@@ -13,7 +13,8 @@ from conftest import same, walk
 from test_book_pages import ROOT, browser, needs_browser
 
 from batch import Profile, build_book, load_profile, run
-from chassis_utils import ChassisError, read_records
+from chassis_utils import ChassisError
+from records import read_records
 from tables import results_table
 from verdicts import RULES
 

@@ -13,8 +13,8 @@ from conftest import same
 
 from chassis_utils import LanguageModel, Probes, evaluate
 from chassis_utils.errors import ChassisError
-from chassis_utils.records import FIELDS, Records, forget, read_records, replace_text
 from plugs import SyntheticExpert, exact_adapter
+from records import FIELDS, Records, forget, read_records, replace_text
 from study import reported
 from tables import TABLE, results_table, write_table
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import refused
 
+from alignment import into_hidden
 from chassis_utils import Activations, Adapter, LanguageModel, Probes, evaluate, fit, harvest
 from chassis_utils.metrics import kl
 from plugs import SyntheticExpert
@@ -70,7 +71,7 @@ def test_what_cannot_be_refined_is_said(rows: Activations, activations: Activati
         refine(rows, start, "bohning", steps=0)
     with refused("rate = 0"):
         refine(rows, start, "near", rate=0)
-    for wrong in (fit(rows, "lens"), fit(activations, "rrr", layer=1), start.into_hidden(rows.base)):
+    for wrong in (fit(rows, "lens"), fit(activations, "rrr", layer=1), into_hidden(start, rows.base)):
         with refused(wrong.method, "final layer"):
             refine(rows, wrong, "bohning")
 

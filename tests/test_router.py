@@ -19,6 +19,8 @@ from chassis_utils.activations import tokenize
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import routing
 
+from routes import confusion
+
 VAL = {"pocket-math": probe_set("math-text", "val"), "pocket-shakespeare": probe_set("verse", "val")}
 SOME = [
     *VAL["pocket-math"].prompts[:3],
@@ -45,7 +47,7 @@ def named(name: str, *prompts: str) -> Probes:
 
 
 def test_held_out_text_goes_to_its_expert_and_the_rest_to_the_base(fitted: Router) -> None:
-    table = fitted.confusion(VAL | {None: probe_set("prose", "val")})
+    table = confusion(fitted, VAL | {None: probe_set("prose", "val")})
     assert list(table.columns) == list(table.index) == ["pocket-math", "pocket-shakespeare", "none"]
     assert table.sum(axis=1).tolist() == [len(one) for one in (*VAL.values(), probe_set("prose", "val"))]
     right = [table.loc[name, name] / table.loc[name].sum() for name in table.index]
@@ -130,7 +132,7 @@ def test_more_slack_leaves_less_to_the_base(fitted: Router) -> None:
 
 def test_one_expert_alone_is_told_by_the_limit(pocket: LanguageModel) -> None:
     alone = Router.fit(pocket, {"math": probe_set("math-text")})
-    table = alone.confusion({"math": VAL["pocket-math"], None: VAL["pocket-shakespeare"]})
+    table = confusion(alone, {"math": VAL["pocket-math"], None: VAL["pocket-shakespeare"]})
     assert table.loc["math", "math"] == len(VAL["pocket-math"]) and table.loc["none", "none"] > 0
 
 
@@ -155,7 +157,7 @@ def test_every_architecture_has_a_final_state_to_route_by(base: LanguageModel) -
         for words in ("river town sea hills the runs", "1 2 3 + = 12")
     )
     found = Router.fit(base, {"rivers": named("r", *rivers[:14]), "sums": named("s", *sums[:14])})
-    table = found.confusion({"rivers": named("r", *rivers[14:]), "sums": named("s", *sums[14:])})
+    table = confusion(found, {"rivers": named("r", *rivers[14:]), "sums": named("s", *sums[14:])})
     assert table.loc["rivers", "sums"] == table.loc["sums", "rivers"] == 0 and table["none"].sum() <= 4
 
 
@@ -188,9 +190,9 @@ def test_prompts_that_cannot_be_routed_are_refused(fitted: Router) -> None:
 
 def test_a_confusion_on_fitted_prompts_or_of_an_unknown_expert_is_refused(fitted: Router) -> None:
     with refused("fitted on"):
-        fitted.confusion({"pocket-math": probe_set("math-text")})
+        confusion(fitted, {"pocket-math": probe_set("math-text")})
     with refused("no expert's name"):
-        fitted.confusion({"pocket-law": VAL["pocket-math"]})
+        confusion(fitted, {"pocket-law": VAL["pocket-math"]})
 
 
 def test_the_benchmark_cuts_to_so_many_tokens_and_counts_what_is_right(fitted: Router) -> None:

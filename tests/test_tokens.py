@@ -363,7 +363,7 @@ def test_padded_head() -> None:
     """Rows of a head beyond the tokenizer are beyond the list."""
     phi = load("pocket-phi", device="cpu")
     rows = phi.model.get_output_embeddings().weight.shape[0]
-    assert len(token_bytes(phi.tokenizer)) == phi.readout.vocab_size < rows
+    assert len(token_bytes(phi.tokenizer)) == phi.vocab_size < rows
 
 
 def test_bytes_that_cannot_be_recovered(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import refused
 
-from chassis_utils import Records, read_records
-from chassis_utils.records import forget
+from records import Records, forget, read_records
 from verdicts import RULES, Verdict, judge, write
 
 HELD_OUT = ("test", "template", "text")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
 import platform
-import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -18,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from safetensors import SafetensorError
 
-from . import __version__
-from .errors import ChassisError
+from chassis_utils import ChassisError, __version__
+from chassis_utils.files import locked, replacing
+from chassis_utils.probes import SPLITS
 
 FIELDS = tuple("experiment notebook base expert method rank layer split probes metric value seed n reported".split())
 FIELDS += ("low", "high", "git", "versions", "revision", "time")
 METRICS = tuple("kl recovered top1_agreement bits_per_byte coverage undecided total_variation seconds ratio".split())
-SPLITS = ("train", "val", "test", "template", "text")
 #: In the order of the book, with claim and rule where a verdict is made; a name not here comes after, by alphabet.
 EXPERIMENTS = json.loads(Path(__file__).with_name("experiments.json").read_text(encoding="utf-8"))
 FILE = "results.jsonl"
@@ -34,42 +30,12 @@ _INTEGERS, _FLOATS = ("rank", "layer", "seed", "n"), ("value", "reported", "low"
 _NAMES = tuple(f for f in FIELDS[:13] if f != "value")  # what tells one measurement from another
 
 
-@contextmanager
-def _writing(path: str | Path) -> Iterator[None]:
-    """Say in one line that nothing can be written to a path."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ChassisError(f"cannot write to {path} ({reason}): choose another folder, or make room") from error
-
-
-def made(folder: str | Path) -> Path:
-    """A folder, made with those above it if it is not there; ChassisError where that cannot be."""
-    with _writing(folder):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    return Path(folder)
-
-
-@contextmanager
-def locked(path: Path, busy: str | None = None) -> Iterator[int]:
-    """Hold the lock file `path`; wait for it, or with `busy` refuse with that message. Yields its descriptor."""
-    with _writing(made(path.parent)):
-        handle = path.open("a")
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-        except BlockingIOError:
-            raise ChassisError(busy) from None
-        yield handle.fileno()
-
-
 @cache
 def provenance() -> dict[str, Any]:
-    """`git` revision of this package ("-dirty" if edited, None outside a repository) and `versions`."""
+    """`git` revision of this project ("-dirty" if edited, None outside a repository) and `versions`."""
     folder, git = Path(__file__).parent, None
     with suppress(OSError, subprocess.CalledProcessError):
-        # A package installed inside someone else's repository must not claim that repository's revision.
+        # A copy that lies inside someone else's repository must not claim that repository's revision.
         for words in ("ls-files --error-unmatch records.py", "describe --always --dirty --abbrev=40 --exclude=*"):
             told = subprocess.run(["git", *words.split()], cwd=folder, capture_output=True, text=True, check=True)
         git = told.stdout.strip()
@@ -118,36 +84,6 @@ def _rewrite(path: Path, dropped: Callable[[dict[str, Any]], bool], added: Itera
         rows = [*(row for row in _read(path) if not dropped(row)), *added] if path.exists() else [*added]
         rows.sort(key=lambda r: (order.get(r["experiment"], len(order)), r["experiment"], r["notebook"]))
         replace_text(path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in rows))
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a name to write a file or a folder to, which then takes the place of `path`; readers see either whole.
-
-    What cannot be written raises ChassisError and leaves the old one.
-    """
-    final = Path(os.path.realpath(path))
-    temporary, aside = (final.with_name(f".{final.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    _remove(temporary, aside)
-    try:
-        with _writing(path):
-            yield temporary
-            if temporary.is_dir() and final.is_dir():
-                # One rename cannot replace a folder: the old one waits beside it until the new one is there.
-                os.replace(final, aside)
-            os.replace(temporary, final)
-    finally:
-        if aside.exists() and not final.exists():
-            os.replace(aside, final)
-        _remove(temporary, aside)
-
-
-def _remove(*paths: Path) -> None:
-    """Remove files and folders, where they are there and where that can be done."""
-    for path in paths:
-        shutil.rmtree(path, ignore_errors=True)
-        with suppress(OSError):
-            path.unlink()
 
 
 def replace_text(path: Path, text: str) -> None:
