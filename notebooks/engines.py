@@ -5,6 +5,7 @@ All are a `concurrent.futures.Executor`. Dask is imported only where it is asked
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,11 @@ from typing import Any
 
 from chassis_utils import ChassisError
 
+#: Begins every worker process here: Ctrl-C is for the command, which then ends them.
+QUIET = """import logging, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+logging.getLogger("distributed").setLevel(logging.CRITICAL)
+"""
 PATIENCE = 4  # seconds that a scheduler has to answer
 
 
@@ -45,12 +51,12 @@ def facts(shared: Path) -> Callable[[], dict[str, str]]:
         from importlib.metadata import PackageNotFoundError, version
         from pathlib import Path
 
-        found = {"Python": platform.python_version()} | dict.fromkeys(("chassis_utils", "torch", "transformers"), "none")
+        found = {"Python": platform.python_version(), "chassis_utils": "none"}
         for name in ("torch", "transformers"):
             try:
                 found[name] = version(name)
             except PackageNotFoundError:
-                pass
+                found[name] = "none"
         try:
             import chassis_utils
 
@@ -90,7 +96,7 @@ def engine(told: Callable[[], dict[str, str]], workers: int = 0, scheduler: str 
         print(f"chassis: {workers} workers on {cores} cores: they will wait for one another", file=sys.stderr)
     with ExitStack() as stack:
         if scheduler is None:
-            options = {"n_workers": workers, "threads_per_worker": 1, "memory_limit": 1 / workers}
+            options = {"n_workers": workers, "threads_per_worker": 1, "memory_limit": 1 / workers, "preload": [QUIET]}
             cluster = LocalCluster(host="127.0.0.1", dashboard_address="127.0.0.1:0", **options)
             where: Any = stack.enter_context(cluster)
         else:
@@ -99,7 +105,7 @@ def engine(told: Callable[[], dict[str, str]], workers: int = 0, scheduler: str 
             client = Client(where, timeout=PATIENCE, set_as_default=False)
         except Exception as error:  # of many kinds, some of them assertions
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ChassisError(f"no scheduler answers at {scheduler} ({reason}): start one, or see its address") from None
+            raise ChassisError(f"no scheduler answers at {scheduler} ({reason}): start one there") from None
         stack.enter_context(client)
         ours, answers = told(), client.run(told, on_error="return")
         wrong = {name: unlike(ours, x) if isinstance(x, dict) else str(x) for name, x in sorted(answers.items())}
@@ -109,7 +115,11 @@ def engine(told: Callable[[], dict[str, str]], workers: int = 0, scheduler: str 
             print(f"chassis: no worker at {scheduler} yet: cells wait for one", file=sys.stderr)
         print(f"dashboard: {client.dashboard_link}", flush=True)
         # Not pure: a cell that is tried again is another call.
-        yield client.get_executor(pure=False)
+        try:
+            yield client.get_executor(pure=False)
+        finally:
+            # That a worker was lost is worth a line of Dask's; that it is ended at the end is not.
+            logging.getLogger("distributed").setLevel(logging.CRITICAL)
 
 
 def memory() -> int | None:

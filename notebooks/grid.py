@@ -94,14 +94,15 @@ def read_grid(path: str | Path, out_dir: str | Path | None = None) -> Grid:
     if not isinstance(lists, dict):
         faults.append("parameters must be names, each with a list of values")
         lists = {}
-    faults += [f"{key} must be a list of at least one value" for key, x in lists.items() if not (isinstance(x, list) and x)]
+    bad = [key for key, values in lists.items() if not (isinstance(values, list) and values)]
+    faults += [f"{key} must be a list of at least one value" for key in bad]
     if type(retries) is not int or retries < 0:
         faults.append(f"retries={retries!r}: give a whole number, 0 or more")
     try:
         profile = load_profile(str(told.get("profile", "")))
     except ChassisError as error:
         refuse([*faults, str(error)])
-    lists = {key: values for key, values in lists.items() if isinstance(values, list) and values}
+    lists = {key: values for key, values in lists.items() if key not in bad}
     choices = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
     plans = plan(notebooks if isinstance(notebooks, list) else [], profile, choices, faults)
     out = Path(out_dir or profile.run_dir / "grid" / path.stem).resolve()
@@ -109,10 +110,11 @@ def read_grid(path: str | Path, out_dir: str | Path | None = None) -> Grid:
     # Notebook by notebook. One that does not take a parameter is one cell for all values of it.
     for stem in plans[0]:
         source = profile.root / "notebooks" / f"{stem}.ipynb"
-        text = source.read_bytes()
+        code = [cell["source"] for cell in json.loads(source.read_bytes())["cells"] if cell["cell_type"] == "code"]
         for values in (planned[stem] for planned in plans):
             given = {key: value for key, value in values.items() if key != "out_dir"}
-            digest = hashlib.sha256(text + json.dumps(given, sort_keys=True).encode()).hexdigest()[:16]
+            # Prose and numbers of cells may change without a figure that does.
+            digest = hashlib.sha256(json.dumps([stem, code, given], sort_keys=True).encode()).hexdigest()[:16]
             varied = "".join(f" {key}={given[key]}" for key, many in lists.items() if key in given and len(many) > 1)
             cells[out / digest] = Cell(source, values, out / digest, stem + varied)
     inside = path.is_relative_to(profile.root)
@@ -127,7 +129,8 @@ def run(path: str | Path, workers: int = 0, scheduler: str | None = None, out_di
     A line is printed for each. ChassisError: bad input, before anything runs; or cells that failed, after all have run.
     """
     grid = read_grid(path, out_dir)
-    with locked(grid.out / ".grid.lock", f"another grid is writing to {grid.out}: wait for its end, or give another --out"):
+    busy = f"another `chassis grid` is writing to {grid.out}: wait for its end, or give another --out"
+    with locked(grid.out / ".grid.lock", busy):
         _claim(grid)
         told = facts(grid.out / MARK)
         missing = [cell for cell in grid.cells if not cell.known()]
@@ -146,7 +149,7 @@ def run(path: str | Path, workers: int = 0, scheduler: str | None = None, out_di
                     print(f"[{i}/{n}] {cell.label}: {state}, {seconds:.1f} s{cause}", flush=True)
         _write(grid, failed)
     if failed:
-        names = "; ".join(f"{cell.label} ({failed[cell.folder][1][-1]})" for cell in grid.cells if cell.folder in failed)
+        names = "; ".join(f"{cell.label} ({failed[cell.folder][1][-1]})" for cell in missing if cell.folder in failed)
         raise ChassisError(f"{len(failed)} of {n} cells failed, see {grid.out / 'cells.csv'}: {names}")
     return grid.out / "grid.html"
 
@@ -181,7 +184,7 @@ def _warn(grid: Grid, missing: list[Cell], ours: dict[str, str]) -> None:
 
 
 def _work(told: Callable[[], dict[str, str]]) -> Callable[..., tuple[float, str | None]]:
-    """What a worker is sent, whole and as plain values: it looks that the worker is like this machine and runs a cell."""
+    """What a worker is sent, all it needs with it: it looks that the worker is like this machine, and runs a cell."""
     ours, here = told(), str(Path(__file__).resolve().parent)
     threads = dict.fromkeys(THREADS, os.environ.get(THREADS[0], "1"))
 
