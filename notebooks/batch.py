@@ -15,6 +15,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+if "rfc3987_syntax" not in sys.modules:
+    # An optional check of web addresses by jsonschema, which takes two seconds to load and which nothing here needs.
+    sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
+
 import papermill
 import yaml
 

@@ -24,7 +24,7 @@ from conftest import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_batch import PARAMETERS, write
-from test_book_pages import CHROMIUM, QUIET
+from test_book_pages import CHROMIUM, QUIET, needs_browser
 from test_cli import COMMAND, PACKAGE
 
 import engines
@@ -428,6 +428,7 @@ def test_a_notebook_that_takes_no_parameter_is_one_cell(inside: Path) -> None:
     assert [cell.label for cell in grid.read_grid("g.yml").cells] == labels
 
 
+@needs_browser
 def test_the_page_is_whole_by_itself_and_its_menus_work(plain: SimpleNamespace, tmp_path: Path) -> None:
     table = pd.read_csv(plain.out / "grid.csv").assign(experiment="</script><b>")
     easier, bare = table.assign(split="val", value=table["value"] / 2), table.assign(method="identity", rank=None)
@@ -445,6 +446,14 @@ def test_the_page_is_whole_by_itself_and_its_menus_work(plain: SimpleNamespace, 
         sheet.goto((tmp_path / "page.html").as_uri())
         sheet.wait_for_selector("#plot[data-drawn] .main-svg")
         assert sheet.evaluate("document.documentElement.scrollWidth") <= 390
-        assert "9 rows of kl" in sheet.inner_text("#said")  # 6 on split test and 3 cells' identity twice, one of them
+        # Split "test", of three seeds and two ranks, and the identity that has no rank: a flat line of six.
+        assert sheet.inner_text("#said") == "12 rows of kl; a line joins means of up to 6 rows, which differ in seed."
+        assert sheet.evaluate("document.getElementById('plot').layout.yaxis.type") == "log"
+        for menu, choice in (("x", "seed"), ("only method", "ridge"), ("only split", "val"), ("colour", "rank")):
+            sheet.select_option(f"select[name='{menu}']", label=choice)
+        assert sheet.inner_text("#said") == "6 rows of kl."
+        drawn = sheet.evaluate("document.getElementById('plot').data.filter((t) => t.mode === 'markers')")
+        assert [trace["name"] for trace in drawn] == ["1", "2"] and [trace["x"] for trace in drawn] == [[0, 1, 2]] * 2
+        assert drawn[0]["y"] == pytest.approx([1 / 4, 1 / 6, 1 / 8])
         browser.close()
     assert not faults
