@@ -43,7 +43,7 @@ def facts(shared: Path) -> Callable[[], dict[str, str]]:
     It holds all it needs, so that it can be sent to a worker that has none of our modules. `shared` is a file that all
     must see.
     """
-    place = str(shared)
+    place, beside = str(shared), str(Path(__file__).resolve().parent)
 
     def told() -> dict[str, str]:
         import hashlib
@@ -51,7 +51,12 @@ def facts(shared: Path) -> Callable[[], dict[str, str]]:
         from importlib.metadata import PackageNotFoundError, version
         from pathlib import Path
 
-        found = {"Python": platform.python_version(), "chassis_utils": "none"}
+        def code(folder: str | Path) -> str:
+            """Of all modules in a folder: a version stands for many states of them."""
+            parts = (path.name.encode() + path.read_bytes() for path in sorted(Path(folder).glob("*.py")))
+            return hashlib.sha256(b"".join(parts)).hexdigest()[:8]
+
+        found = {"Python": platform.python_version(), "chassis_utils": "none", "notebooks": code(beside)}
         for name in ("torch", "transformers"):
             try:
                 found[name] = version(name)
@@ -60,10 +65,7 @@ def facts(shared: Path) -> Callable[[], dict[str, str]]:
         try:
             import chassis_utils
 
-            # A version stands for many states of the code: the code is compared too.
-            sources = sorted(Path(chassis_utils.__file__).parent.glob("*.py"))
-            code = hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in sources)).hexdigest()
-            found["chassis_utils"] = f"{chassis_utils.__version__} ({code[:8]})"
+            found["chassis_utils"] = f"{chassis_utils.__version__} ({code(Path(chassis_utils.__file__).parent)})"
         except ImportError:
             pass
         seen = Path(place)

@@ -215,7 +215,9 @@ def run_cell(cell: Cell, causes: list[str], env: Mapping[str, str], by: dict[str
         for name in (DONE, FILE):
             (cell.folder / name).unlink(missing_ok=True)
         clock = time.monotonic()
-        cause = execute(cell.source, cell.folder, cell.values, lock, memory(), env)
+        # What a driver of another device maps for itself is no memory of this machine's.
+        limit = memory() if cell.values.get("device", "cpu") == "cpu" else None
+        cause = execute(cell.source, cell.folder, cell.values, lock, limit, env)
         seconds = time.monotonic() - clock
         if not cause:
             said = {"notebook": cell.source.stem, "parameters": cell.values, "seconds": seconds, "causes": causes}
