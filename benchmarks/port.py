@@ -15,10 +15,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 from bench import alone, setting
-from porting import overhead, swap
 from scale import TINYLLAMA, _memory, like_tinyllama, random_model
 
 from chassis_utils import Adapter, ChassisError, Features, LanguageModel, Port, load
+from porting import overhead, swap
 
 SIZES = ("512", "1024", "TinyLlama")
 PLUGS = 100

@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,8 @@ def kl(p: torch.Tensor, q: torch.Tensor) -> float:
 
 def plain(text: str, kind: str = "", role: str = "") -> str:
     """A text as HTML that shows every character of it: what a model writes is never markup."""
-    return f'<div class="{kind}" role="{role}">{html.escape(text)}</div>'
+    spoken = f' role="{role}"' if role else ""
+    return f'<div class="{kind}"{spoken}>{html.escape(text)}</div>'
 
 
 class PortApp(widgets.VBox):
@@ -108,6 +108,7 @@ class PortApp(widgets.VBox):
         self.figure, self.panels = widgets.Output(), {name: widgets.HTML() for name in self.pens}
         for one in (self.prompt, *self.checks.values(), *self.weights.values()):
             one.observe(lambda _: self.draw(), "value")
+        self.prompt.observe(lambda _: setattr(self.choice, "value", ""), "value")  # it was another prompt's
         self.route.on_click(lambda _: self.routed())
         self.write.on_click(lambda _: self.written())
         self.stop.on_click(lambda _: self.leave.set())
@@ -126,12 +127,10 @@ class PortApp(widgets.VBox):
 
     def texts(self) -> widgets.Widget:
         """One panel a speaker."""
-        names, panels = [*self.pens], []
-        for name, panel in self.panels.items():
-            title = f'<h3 style="--speaker: {colour(name, names)}">{html.escape(name)}</h3>'
-            panels.append(_box("panel", widgets.HTML(title), panel))
-            panel.value = plain("", "text")
-        return _box("panels", *panels)
+        self._show(dict.fromkeys(self.panels, ""))
+        colours = {name: colour(name, [*self.pens]) for name in self.panels}
+        titles = {n: f'<h3 style="--speaker: {hue}">{html.escape(n)}</h3>' for n, hue in colours.items()}
+        return _box("panels", *(_box("panel", widgets.HTML(titles[n]), text) for n, text in self.panels.items()))
 
     @property
     def in_use(self) -> dict[str, float] | None:
@@ -153,9 +152,9 @@ class PortApp(widgets.VBox):
         figure = next_tokens(said, self.base.tokenizer).to_plotly_json()
         data = {"application/vnd.plotly.v1+json": figure | {"config": {"responsive": True}}}
         self.figure.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
-        lines = [f"from {name}: {BARE} {kl(own, said[BARE]):.2f}, {ADAPTED} {kl(own, said[ADAPTED]):.2f} nats"
+        lines = [f"KL to {name}: {BARE} {kl(own, said[BARE]):.2f}, {ADAPTED} {kl(own, said[ADAPTED]):.2f} nats"
                  for name, own in said.items() if name not in (BARE, ADAPTED)]  # fmt: skip
-        self.apart.value = plain("\n".join(["KL " + line for line in lines]), "note")
+        self.apart.value = plain("\n".join(lines), "note")
         self.told()
 
     def routed(self) -> None:
@@ -240,9 +239,7 @@ def kept(base: LanguageModel, expert: LanguageModel, text: str) -> Adapter:
     passages = probe_set(text, n=QUICK["n"])
     adapter = fit(harvest(base, expert, passages, "all", progress=False), lam=QUICK["lam"])
     if folder:
-        adapter.save(part := folder.with_suffix(f".{os.getpid()}"))
-        with suppress(OSError):  # another page was first
-            part.rename(folder)
+        adapter.save(folder)  # there whole or not at all
     return adapter
 
 

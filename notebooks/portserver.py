@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import secrets
+import signal
 import threading
 import webbrowser
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ POLICY = {
 
 
 def serve(base: str, plugs: Sequence[tuple[str, str]], number: int = 0, browser: bool = True) -> None:
-    """Serve the page until Ctrl-C or SIGTERM, which end all kernels too; one address is printed, with a fresh token.
+    """Serve the page until Ctrl-C, SIGTERM or SIGHUP, which end all kernels too; its address is printed, with a token.
 
     ChassisError, before anything is served: the base or an adapter's folder cannot be loaded or do not fit, a name
     twice, or the port is taken.
@@ -68,8 +69,10 @@ def serve(base: str, plugs: Sequence[tuple[str, str]], number: int = 0, browser:
     server = Server.instance(config=_config(token, f"{HOST}:{sockets[0].getsockname()[1]}"))
     server.sockets, server.with_browser = sockets, browser
     server.initialize([])
-    # On every start it warns that a ping's time-out, which jupyter_server sets, is longer than its interval.
+    # They tell of a ping's time-out, which jupyter_server sets, and of messages to pages that have just gone.
     logging.getLogger("tornado.general").setLevel(logging.ERROR)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    signal.signal(signal.SIGHUP, server._handle_signal_stop)  # a terminal that is closed
     server.start()
 
 

@@ -236,6 +236,12 @@ class _Rules(Evidence):
     def api_expert(self) -> Decision:
         return min(self.all("recovered", "top_20", "low", split="text")) >= 0.9, False
 
+    def port(self) -> Decision:
+        right = self.all("ratio", "router", split="text")
+        rivals = ("identity", "fixed_plug", "fixed_mixture")
+        most = [high for rival in rivals for high in self.all("ratio", f"routed_over_{rival}", "high", split="text")]
+        return min(right) >= 0.95 and max(most) < 1, False
+
 
 RULES = {name: decide for name, decide in vars(_Rules).items() if name in EXPERIMENTS}
 
