@@ -3,8 +3,8 @@
     python benchmarks/kills.py --kills 20 --workers 2
 
 The grid is of toy cells that take about two seconds. Each life of the command is ended after a time drawn from the
-whole length of an uninterrupted grid; one that ends by itself closes a round, whose tables must equal, to the bit, those of
-the grid that nobody killed. Printed: kills, rounds, cells run again, and what differed.
+whole length of an uninterrupted grid; one that ends by itself closes a round, whose tables must equal, to the bit,
+those of the grid that nobody killed. Printed: kills, rounds, cells run again, and rounds that differed.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def engine(told: Callable[[], dict[str, str]], workers: int = 0, scheduler: str 
     except ImportError:
         raise ChassisError("Dask, which workers need, is missing: pip install 'chassis-utils[cluster]'") from None
     if workers > (cores := len(os.sched_getaffinity(0))):
-        print(f"chassis: {workers} workers on {cores} cores: they will wait for one another", file=sys.stderr)
+        print(f"chassis: more workers ({workers}) than cores ({cores}): they share them", file=sys.stderr)
     with ExitStack() as stack:
         if scheduler is None:
             options = {"n_workers": workers, "threads_per_worker": 1, "memory_limit": 1 / workers, "preload": [QUIET]}

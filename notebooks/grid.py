@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import sys
 import time
 from collections import deque
@@ -24,36 +23,17 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from batch import Profile, execute, last_line, load_profile, plan, refuse
+from batch import Profile, last_line, load_profile, plan, refuse
+from cells import DONE, Cell, work_on
 from chassis_utils import ChassisError
 from chassis_utils.files import locked
-from engines import engine, facts, memory, unlike
+from engines import engine, facts, unlike
 from gridpage import page
 from records import FIELDS, FILE, read_records, replace_text
 
 KEYS = ("profile", "notebooks", "parameters", "retries")
-MARK, DONE = "grid.json", "cell.json"  # whose folder it is; that a cell has ended
-#: Figures must not depend on how many cells run beside one another: all compute with as many threads.
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One notebook with one set of parameters."""
-
-    source: Path
-    values: dict[str, Any]
-    folder: Path
-    label: str  # notebook and the parameters that vary, for people
-
-    def known(self) -> dict[str, Any] | None:
-        """What the cell said when it ended; None if it has not, or if its records are not those it wrote."""
-        try:
-            said = json.loads((self.folder / DONE).read_text(encoding="utf-8"))
-            whole = said["records"] == _digest(self.folder / FILE) and (self.folder / self.source.name).is_file()
-            return said if whole else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+MARK = "grid.json"  # says whose folder it is
+PATIENCE = 60  # seconds that a shared file system has to show here what a worker wrote
 
 
 @dataclass(frozen=True)
@@ -65,10 +45,6 @@ class Grid:
     cells: list[Cell]
     retries: int
     out: Path
-
-
-def _digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def read_grid(path: str | Path, out_dir: str | Path | None = None) -> Grid:
@@ -140,8 +116,10 @@ def run(path: str | Path, workers: int = 0, scheduler: str | None = None, out_di
         failed: dict[Path, tuple[float, list[str]]] = {}
         if missing:
             with engine(told, workers, scheduler) as executor:
-                outcomes = enumerate(_outcomes(executor, _work(told), missing, grid.retries), before + 1)
+                outcomes = enumerate(_outcomes(executor, work_on(told), missing, grid.retries), before + 1)
                 for i, (cell, seconds, causes, ended) in outcomes:
+                    if ended and not _arrived(cell):
+                        ended, causes = False, [*causes, "its records have not arrived here: is the folder shared?"]
                     if not ended:
                         failed[cell.folder] = seconds, causes
                     state = "done" if ended else "failed"
@@ -152,6 +130,14 @@ def run(path: str | Path, workers: int = 0, scheduler: str | None = None, out_di
         names = "; ".join(f"{cell.label} ({failed[cell.folder][1][-1]})" for cell in missing if cell.folder in failed)
         raise ChassisError(f"{len(failed)} of {n} cells failed, see {grid.out / 'cells.csv'}: {names}")
     return grid.out / "grid.html"
+
+
+def _arrived(cell: Cell) -> bool:
+    """Whether what a worker wrote is seen here, which a network's file system may take a while for."""
+    limit = time.monotonic() + PATIENCE
+    while not cell.known() and time.monotonic() < limit:
+        time.sleep(0.5)
+    return bool(cell.known())
 
 
 def _claim(grid: Grid) -> None:
@@ -181,49 +167,6 @@ def _warn(grid: Grid, missing: list[Cell], ours: dict[str, str]) -> None:
     if others:
         print(f"chassis: {len(others)} finished cells are by {others[0]}: kept; delete {grid.out} to run them again",
               file=sys.stderr)  # fmt: skip
-
-
-def _work(told: Callable[[], dict[str, str]]) -> Callable[..., tuple[float, str | None]]:
-    """What a worker is sent, all it needs with it: it looks that the worker is like this machine, and runs a cell."""
-    ours, here = told(), str(Path(__file__).resolve().parent)
-    threads = dict.fromkeys(THREADS, os.environ.get(THREADS[0], "1"))
-
-    def work(cell: tuple[Any, ...], causes: list[str]) -> tuple[float, str | None]:
-        import sys
-
-        if here not in sys.path:
-            sys.path.insert(0, here)
-        from engines import unlike
-        from grid import Cell, run_cell
-
-        if other := unlike(ours, told()):  # a worker that came after the others were compared
-            raise RuntimeError(f"its worker has {other}")
-        return run_cell(Cell(*cell), causes, threads, ours)
-
-    return work
-
-
-def run_cell(cell: Cell, causes: list[str], env: Mapping[str, str], by: dict[str, str]) -> tuple[float, str | None]:
-    """Run a cell in its folder; returns seconds and, if it failed, the cause.
-
-    `causes` are those of earlier tries, `env` goes over the environment, and `by` says what code this is.
-    """
-    # Another worker may still be at it, for a command that was killed or a scheduler that took that worker for lost.
-    with locked(cell.folder / ".run.lock") as lock:
-        if said := cell.known():
-            return said["seconds"], None
-        for name in (DONE, FILE):
-            (cell.folder / name).unlink(missing_ok=True)
-        clock = time.monotonic()
-        # What a driver of another device maps for itself is no memory of this machine's.
-        limit = memory() if cell.values.get("device", "cpu") == "cpu" else None
-        cause = execute(cell.source, cell.folder, cell.values, lock, limit, env)
-        seconds = time.monotonic() - clock
-        if not cause:
-            said = {"notebook": cell.source.stem, "parameters": cell.values, "seconds": seconds, "causes": causes}
-            said |= {"records": _digest(cell.folder / FILE), "by": by}
-            replace_text(cell.folder / DONE, json.dumps(said) + "\n")
-        return seconds, cause
 
 
 def _outcomes(executor: Executor, work: Callable[..., tuple[float, str | None]], cells: list[Cell], retries: int

@@ -303,7 +303,7 @@ def test_more_workers_than_cores_is_said(monkeypatch: pytest.MonkeyPatch, tmp_pa
     (tmp_path / "grid.json").touch()
     with engines.engine(engines.facts(tmp_path / "grid.json"), workers=2) as executor:
         limits = {executor.submit(engines.memory).result() for _ in range(2)}
-    assert "chassis: 2 workers on 1 cores: they will wait for one another" in capsys.readouterr().err
+    assert "chassis: more workers (2) than cores (1): they share them" in capsys.readouterr().err
     assert all(0 < limit <= psutil.virtual_memory().total / 2 for limit in limits) and engines.memory() is None
 
 
