@@ -46,7 +46,9 @@ def project(root: Path, cells: int) -> Path:
     """A project of one notebook that writes records twice, and a grid of so many cells."""
     (root / "notebooks").mkdir(parents=True)
     first = new_code_cell("seed = 0\nout_dir = '.'", metadata={"tags": ["parameters"]})
-    nbformat.write(new_notebook(cells=[first, new_code_cell(CODE)]), root / "notebooks" / "cell.ipynb")
+    notebook = new_notebook(cells=[first, new_code_cell(CODE)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, root / "notebooks" / "cell.ipynb")
     toy = {"description": "toy", "defaults": {}, "notebooks": {"cell": {}}}
     (root / "notebooks" / "profiles.yml").write_text(yaml.safe_dump({"toy": toy}))
     whole = {"profile": "toy", "notebooks": ["cell"], "parameters": {"seed": [*range(cells)]}}
