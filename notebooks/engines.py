@@ -96,6 +96,8 @@ def engine(told: Callable[[], dict[str, str]], workers: int = 0, scheduler: str 
         raise ChassisError("Dask, which workers need, is missing: pip install 'chassis-utils[cluster]'") from None
     if workers > (cores := len(os.sched_getaffinity(0))):
         print(f"chassis: more workers ({workers}) than cores ({cores}): they share them", file=sys.stderr)
+    # That a worker was lost is worth a line of Dask's; what happens to the client is told by whoever uses it.
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     with ExitStack() as stack:
         if scheduler is None:
             options = {"n_workers": workers, "threads_per_worker": 1, "memory_limit": 1 / workers, "preload": [QUIET]}
@@ -120,7 +122,7 @@ def engine(told: Callable[[], dict[str, str]], workers: int = 0, scheduler: str 
         try:
             yield client.get_executor(pure=False)
         finally:
-            # That a worker was lost is worth a line of Dask's; that it is ended at the end is not.
+            # That workers are ended now is worth no line.
             logging.getLogger("distributed").setLevel(logging.CRITICAL)
 
 
