@@ -10,8 +10,8 @@ book: $(READY)  ## run every notebook, build the site
 	$(BIN)/chassis run --profile $(PROFILE)
 	$(BIN)/chassis book --profile $(PROFILE)
 
-test: $(READY)  ## the tests
-	@$(BIN)/python -m pytest
+test: $(READY)  ## the tests, two files at a time, one thread each
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(READY)  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=. notebooks

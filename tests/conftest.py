@@ -63,6 +63,11 @@ ARCHITECTURES: dict[str, dict] = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest comes first: files that run side by side then end together."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 def make(
     folder: Path,
     architecture: str = "Llama",
