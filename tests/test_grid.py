@@ -28,6 +28,7 @@ from test_batch import PARAMETERS, write
 from test_book_pages import CHROMIUM, QUIET, needs_browser
 from test_cli import COMMAND, PACKAGE
 
+import cells
 import engines
 import grid
 from chassis_utils.errors import ChassisError
@@ -120,7 +121,7 @@ def start(root: Path, *arguments: str, program: list[str] | None = None, **env: 
 
 def until(condition: Callable[[], Any], process: subprocess.Popen[str] | None = None) -> Any:
     """Wait until a condition holds, while a process lives."""
-    limit = time.monotonic() + 90
+    limit = time.monotonic() + 180
     while not (found := condition()):
         assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < limit
@@ -191,7 +192,7 @@ def test_a_killed_command_goes_on_where_it_was(plain: SimpleNamespace, inside: P
     kernel = int((inside / "ran.txt").read_text().split()[-1])
     (inside / "hold").unlink()
     again = start(inside, "plain.yml")
-    told, wrong = again.communicate(timeout=90)
+    told, wrong = again.communicate(timeout=180)
     assert (again.returncode, wrong) == (0, "") and "3 cells, 1 of them finished before" in told
     assert not psutil.pid_exists(kernel), "the notebook of the killed command went on"
     assert ran(inside) == ["0", "1", "1", "2"]
@@ -207,7 +208,7 @@ def test_a_killed_worker_costs_one_try(plain: SimpleNamespace, inside: Path) -> 
     runner.parent().kill()  # the worker that waits for the notebook
     until(lambda: not psutil.pid_exists(kernel), process)
     (inside / "hold").unlink()
-    told, wrong = process.communicate(timeout=90)
+    told, wrong = process.communicate(timeout=180)
     assert process.returncode == 0, wrong
     assert "dashboard: http://127.0.0.1:" in told and "[3/3]" in told
     assert sorted(ran(inside)) == ["0", "1", "1", "2"]
@@ -297,7 +298,7 @@ def test_a_scheduler_that_is_lost_is_told_and_nothing_is_lost(plain: SimpleNames
     command = start(inside, "plain.yml", "--scheduler", scheduler.address)
     until(lambda: "1" in ran(inside), command)
     scheduler.process.kill()
-    _, wrong = command.communicate(timeout=90)
+    _, wrong = command.communicate(timeout=180)
     assert command.returncode == 1
     assert wrong == "chassis: the scheduler was lost: start it again, what was finished is kept\n"
     (inside / "hold").unlink()
@@ -369,6 +370,31 @@ def test_futures_that_are_cancelled_are_a_lost_scheduler() -> None:
 
     with refused("the scheduler was lost"):
         [*grid._outcomes(InProcess(), lost, [grid.Cell(Path("n.ipynb"), {}, Path("0"), "0")], 1)]
+
+
+def test_a_worker_that_comes_later_with_other_versions_runs_nothing(tmp_path: Path) -> None:
+    told = iter([{"torch": "2.0"}, {"torch": "1.0"}])
+    work = cells.work_on(lambda: next(told))
+    with pytest.raises(RuntimeError, match=r"its worker has torch 1.0 instead of 2.0"):
+        work((tmp_path / "n.ipynb", {}, tmp_path / "cell", "n"), [])
+    assert not (tmp_path / "cell").exists()
+
+
+def test_what_does_not_arrive_is_no_cell_that_ended(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grid, "PATIENCE", 0.1)
+    monkeypatch.setattr(grid, "work_on", lambda told: lambda cell, causes: (0.0, None))
+    with refused("3 of 3 cells failed", "1_count seed=0 (its records have not arrived here: is the folder shared?)"):
+        grid.run("plain.yml")
+
+
+def test_a_cell_that_wants_more_memory_than_its_worker_has_is_told(
+    inside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(inside / "notebooks", "3_fail", PARAMETERS, "block = bytes(2**31)")
+    monkeypatch.setattr(cells, "memory", lambda: 2**30)
+    (inside / "g.yml").write_text(yaml.safe_dump(PLAIN | {"notebooks": ["3_fail"], "parameters": {}}))
+    with refused("1 of 1 cells failed", "3_fail (MemoryError"):
+        grid.run("g.yml")
 
 
 def test_two_grids_do_not_mix(plain: SimpleNamespace, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
