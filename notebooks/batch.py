@@ -15,6 +15,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+if "rfc3987_syntax" not in sys.modules:
+    # An optional check of web addresses by jsonschema, which takes two seconds to load and which nothing here needs.
+    sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
+
 import papermill
 import yaml
 
@@ -53,30 +57,37 @@ def load_profile(name: str, path: str | Path | None = None) -> Profile:
     try:
         blocks = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ChassisError(f"cannot read profiles from {path}: {_line(error)}") from error
+        raise ChassisError(f"cannot read profiles from {path}: {last_line(error)}") from error
     if name not in blocks:
         raise ChassisError(f"unknown profile {name!r}: {path.name} has {', '.join(blocks)}")
     block = blocks[name]
     if block.keys() != {"description", "defaults", "notebooks"}:
         raise ChassisError(f"profile {name!r} in {path} must hold a description, defaults and notebooks, and no more")
     own = {stem: values or {} for stem, values in block["notebooks"].items()}
-    _known([*block["defaults"], *(key for values in own.values() for key in values)])
+    refuse(_strange([*block["defaults"], *(key for values in own.values() for key in values)]))
     return Profile(name, path.parents[1], block["defaults"], own)
 
 
-def _line(error: BaseException | str) -> str:
+def last_line(error: BaseException | str) -> str:
     """The last line of a message that says something."""
     return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]
 
 
-def _known(keys: Iterable[str]) -> None:
-    """Refuse what no notebook may be given; `out_dir` is the runner's to give."""
-    allowed = PARAMETERS[:-1]
+def _strange(keys: Iterable[Any]) -> list[str]:
+    """What is wrong with parameters that no notebook may be given; `out_dir` is the runner's to give."""
+    allowed, wrong = PARAMETERS[:-1], []
     for key in keys:
         if key not in allowed:
             close = get_close_matches(str(key), allowed, n=1)
             advice = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(allowed)} (or --out)"
-            raise ChassisError(f"unknown parameter {key!r}: {advice}")
+            wrong.append(f"unknown parameter {key!r}: {advice}")
+    return wrong
+
+
+def refuse(faults: Iterable[str]) -> None:
+    """One ChassisError that names all faults, each once; none if there is no fault."""
+    if told := "; ".join(dict.fromkeys(faults)):
+        raise ChassisError(told)
 
 
 def _declared(source: Path) -> dict[str, Any]:
@@ -85,35 +96,53 @@ def _declared(source: Path) -> dict[str, Any]:
         told = papermill.inspect_notebook(source)
         defaults = {name: ast.literal_eval(parameter["default"]) for name, parameter in told.items()}
     except Exception as error:
-        raise ChassisError(f"{source} is no notebook that can be run: {_line(error)}") from error
+        raise ChassisError(f"{source} is no notebook that can be run: {last_line(error)}") from error
     if foreign := sorted({*defaults} - {*PARAMETERS}):
         raise ChassisError(f"{source.name} declares {foreign[0]!r}: notebooks share only {', '.join(PARAMETERS)}")
     return defaults
 
 
-def _plan(notebooks: Sequence[str], profile: Profile, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Stem -> parameters of each chosen notebook (all of them if none is named), in the profile's order."""
-    chosen = {Path(name).name.removesuffix(".ipynb") for name in notebooks} or {*profile.notebooks}
+def _misfits(stem: str, values: Mapping[str, Any], declared: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the values of parameters that a notebook declares."""
+    wrong = []
+    for key, value in values.items():
+        many, usual = (x if isinstance(x, list) else [x] for x in (value, declared[key]))
+        if type(value) is not type(declared[key]) or {*map(type, many)} != {type(usual[0])}:
+            wrong.append(f"{key}={value!r} does not fit {stem}: give something like {declared[key]!r}")
+        elif key in ("n_train", "ranks") and min(many) < 1:
+            wrong.append(f"{key}={value!r}: numbers of prompts and ranks begin at 1")
+    return wrong
+
+
+def plan(notebooks: Sequence[str], profile: Profile, choices: Sequence[Mapping[str, Any]],
+         faults: Iterable[str] = ()) -> list[dict[str, dict[str, Any]]]:  # fmt: skip
+    """For each choice of settings: stem -> parameters of each notebook named (if none is, of all), in profile order.
+
+    ChassisError: `faults`, if the caller has found any, and all that is wrong with the notebooks, settings and types.
+    """
+    chosen = {Path(str(name)).name.removesuffix(".ipynb") for name in notebooks} or {*profile.notebooks}
+    faults, plans = [*faults], []
     if wrong := sorted(chosen - {*profile.notebooks}):
-        raise ChassisError(f"unknown notebook {', '.join(wrong)}: choose from {', '.join(profile.notebooks)}")
-    _known(settings)
-    plan, unused = {}, {*settings}
-    for stem in (stem for stem in profile.notebooks if stem in chosen):
-        own, declared = profile.notebooks[stem], _declared(profile.root / "notebooks" / f"{stem}.ipynb")
-        if idle := sorted({*own} - {*declared}):
-            raise ChassisError(f"profile {profile.name!r} gives {stem} {', '.join(idle)}, which it does not declare")
-        values = {k: v for k, v in {**profile.defaults, **own, **settings}.items() if k in declared}
-        for key, value in values.items():
-            many, usual = (x if isinstance(x, list) else [x] for x in (value, declared[key]))
-            if type(value) is not type(declared[key]) or {*map(type, many)} != {type(usual[0])}:
-                raise ChassisError(f"{key}={value!r} does not fit {stem}: give something like {declared[key]!r}")
-            if key in ("n_train", "ranks") and min(many) < 1:
-                raise ChassisError(f"{key}={value!r}: numbers of prompts and ranks begin at 1")
-        plan[stem] = values | dict.fromkeys({"out_dir"} & {*declared})
-        unused -= {*declared}
-    if unused:
-        raise ChassisError(f"none of the chosen notebooks takes {', '.join(sorted(unused))}")
-    return plan
+        faults.append(f"unknown notebook {', '.join(wrong)}: choose from {', '.join(profile.notebooks)}")
+    given = {key: None for settings in choices for key in settings}
+    faults += _strange(given)
+    stems = [stem for stem in profile.notebooks if stem in chosen]
+    declared = {stem: _declared(profile.root / "notebooks" / f"{stem}.ipynb") for stem in stems}
+    for stem in stems:
+        if idle := sorted({*profile.notebooks[stem]} - {*declared[stem]}):
+            faults.append(f"profile {profile.name!r} gives {stem} {', '.join(idle)}, which it does not declare")
+    for settings in choices:
+        plans.append({})
+        for stem in stems:
+            known = {**profile.defaults, **profile.notebooks[stem], **settings}
+            values = {key: value for key, value in known.items() if key in declared[stem]}
+            faults += _misfits(stem, values, declared[stem])
+            plans[-1][stem] = values | dict.fromkeys({"out_dir"} & {*declared[stem]})
+    unused = {*given} & {*PARAMETERS} - {key for keys in declared.values() for key in keys}
+    if unused and stems:
+        faults.append(f"none of the chosen notebooks takes {', '.join(sorted(unused))}")
+    refuse(faults)
+    return plans
 
 
 def run(
@@ -128,24 +157,28 @@ def run(
     has run; or for notebooks that failed, after all have.
     """
     profile = load_profile(profile) if isinstance(profile, str) else profile
-    plan = _plan(notebooks, profile, settings or {})
+    (planned,) = plan(notebooks, profile, [settings or {}])
     out = (profile.run_dir if out_dir is None else Path(out_dir)).resolve()
     failures: list[str] = []
     busy = f"another run is writing to {out}: wait for its end, or give another folder"
     with locked(out / ".run.lock", busy) as lock:
-        for stem, values in plan.items():
+        for stem, values in planned.items():
             clock = time.monotonic()
-            if cause := _execute(profile.root / "notebooks" / f"{stem}.ipynb", out, values, lock):
+            if cause := execute(profile.root / "notebooks" / f"{stem}.ipynb", out, values, lock):
                 failures.append(f"{stem} ({cause})")
             if progress:
                 print(f"{stem}: {'failed' if cause else 'done'}, {time.monotonic() - clock:.1f} s", flush=True)
     if failures:
         raise ChassisError(f"failed, see {out / 'failed'}: {'; '.join(failures)}")
-    return [out / f"{stem}.ipynb" for stem in plan]
+    return [out / f"{stem}.ipynb" for stem in planned]
 
 
-def _execute(source: Path, out: Path, values: dict[str, Any], lock: int) -> str | None:
-    """Run one notebook and publish it, or move it to `failed/` and return the cause in a line."""
+def execute(source: Path, out: Path, values: dict[str, Any], lock: int, memory: int | None = None,
+            env: Mapping[str, str] | None = None) -> str | None:  # fmt: skip
+    """Run one notebook and publish it, or move it to `failed/` and return the cause in a line.
+
+    `memory` is what each of its processes may allocate, in bytes, and `env` goes over the environment.
+    """
     partial, final, failed = out / f".{source.stem}.partial.ipynb", out / source.name, out / "failed" / source.name
     if "out_dir" in values:
         # A page of the book shows its parameters: inside the project they name no folder of this machine.
@@ -154,9 +187,12 @@ def _execute(source: Path, out: Path, values: dict[str, Any], lock: int) -> str 
     # Notebooks import the package and the modules that run them, installed or not, wherever they lie themselves.
     ours = Path(chassis_utils.__file__).resolve().parents[1], Path(__file__).resolve().parent
     path = os.pathsep.join(filter(None, (*map(str, ours), os.environ.get("PYTHONPATH"))))
-    # The child keeps the lock open, so that a run whose parent was killed still counts as one.
-    options = {"env": os.environ | {"CHASSIS_HEADLESS": "1", "PYTHONPATH": path}, "pass_fds": (lock,), "text": True}
-    task = json.dumps([str(source), str(partial), values])
+    env = os.environ | {"CHASSIS_HEADLESS": "1", "PYTHONPATH": path} | (env or {})
+    # The child keeps the lock open, so that a run whose parent was killed still counts as one until the child has gone:
+    # it goes when nobody holds the other end of its input any more.
+    alive, held = os.pipe()
+    options = {"env": env, "pass_fds": (lock,), "text": True, "stdin": alive}
+    task = json.dumps([str(source), str(partial), values, memory])
     command = [sys.executable, "-P", str(Path(__file__).with_name("execute.py")), task]
     try:
         child = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False, **options)
@@ -171,6 +207,8 @@ def _execute(source: Path, out: Path, values: dict[str, Any], lock: int) -> str 
             os.replace(partial, failed)
         return cause
     finally:
+        os.close(held)
+        os.close(alive)
         partial.unlink(missing_ok=True)
 
 
@@ -179,13 +217,13 @@ def _cause(executed: Path, code: int = 0, told: str = "") -> str | None:
     try:
         notebook = json.loads(executed.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return _line(told or "nothing was written")
+        return last_line(told or "nothing was written")
     outputs = (output for cell in notebook["cells"] for output in cell.get("outputs", ()))
     if error := next((output for output in outputs if output["output_type"] == "error"), None):
         return f"{error['ename']}: {(error['evalue'].strip().splitlines() or [''])[0]}"
     state = notebook["metadata"].get("papermill", {})
     ended = not code and not state.get("exception") and state.get("end_time")
-    return None if ended else _line(told or "it stopped before its end")
+    return None if ended else last_line(told or "it stopped before its end")
 
 
 def build_book(profile: str | Profile) -> Path:

@@ -1,4 +1,4 @@
-"""CHASSIS: run notebooks, build the book, try the port in a browser."""
+"""CHASSIS: run notebooks, alone or as a grid, build the book, try the port in a browser."""
 
 from __future__ import annotations
 
@@ -40,6 +40,13 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    """A number of workers."""
+    if not text.isdecimal() or int(text) > 4096:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of workers: give 0 to 4096")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line; nothing slow is imported for it."""
     whole = argparse.ArgumentParser(prog="chassis", description=__doc__)
@@ -50,6 +57,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--profile", default="pocket", help="a block of notebooks/profiles.yml (default: pocket)")
     run.add_argument("--set", dest="settings", type=_setting, action="append", default=[], metavar="KEY=VALUE")
     run.add_argument("--out", metavar="DIR", help="write here instead")
+    grid = commands.add_parser("grid", help="execute notebooks times lists of parameters, what is missing of them")
+    grid.add_argument("file", metavar="FILE", help="YAML: profile, notebooks, parameters to lists, retries")
+    where = grid.add_mutually_exclusive_group()
+    where.add_argument("--workers", type=_count, default=0, metavar="N", help="processes here (default: this one)")
+    where.add_argument("--scheduler", metavar="ADDRESS", help="of Dask, such as tcp://host:8786, whose workers to use")
+    grid.add_argument("--out", metavar="DIR", help="write here (default: book/run/<profile>/grid/<name of FILE>)")
     book = commands.add_parser("book", help="build the HTML from executed notebooks")
     book.add_argument("--profile", default="pocket", help="whose results (default: pocket)")
     port = commands.add_parser("port", help="plugs, weights and a prompt, as a page on this machine alone")
@@ -77,6 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             import batch
 
             batch.run(options.notebooks, options.profile, dict(options.settings), options.out)
+        elif options.command == "grid":
+            import grid
+
+            print(f"the grid: {grid.run(options.file, options.workers, options.scheduler, options.out).as_uri()}")
         else:
             import batch
 

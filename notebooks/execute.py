@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 import sys
 import tempfile
+import threading
 from typing import Any
 
 if __name__ == "__main__":
@@ -38,7 +41,22 @@ class InterpreterKernel(AsyncKernelManager):
         return KernelSpec(argv=make_ipkernel_cmd(), display_name="Python 3", language="python")
 
 
+def _outlive_no_parent() -> None:
+    """End tidily, as on Ctrl-C, when the process that waits for the notebook has gone, however it went."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a shell may have made SIGINT one that is not heard
+
+    def watch() -> None:
+        os.read(0, 1)  # the parent writes nothing: what comes is the end
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 if __name__ == "__main__":
-    source, output, values = json.loads(sys.argv[1])
+    source, output, values, memory = json.loads(sys.argv[1])
+    _outlive_no_parent()
+    if memory:
+        # What is private and can be written: an allocation that fails has a line and a name, a killed kernel has none.
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     options = {"cwd": os.path.dirname(source), "kernel_manager_class": InterpreterKernel}
     papermill.execute_notebook(source, output, values, kernel_name="python3", progress_bar=False, **options)

@@ -71,6 +71,9 @@ def test_an_interrupt_leaves_no_half_written_notebook_and_no_kernel(tmp_path: Pa
         ["run", "--set", "=1"],
         ["run", "--set", "ranks=[1"],
         ["book", "x"],
+        ["grid"],
+        ["grid", "g.yml", "--workers", "-1"],
+        ["grid", "g.yml", "--workers", "2", "--scheduler", "tcp://x:1"],
         ["port", "--port", "x"],
         ["port", "--plug", "folder"],
     ],
@@ -88,6 +91,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
         (["run", "--profile", "nope"], "unknown profile 'nope': profiles.yml has toy, other"),
         (["run", "--profile", "toy", "--set", "layer=3"], "unknown parameter 'layer': did you mean 'layers'?"),
         (["run", "9_gone", "--profile", "toy"], "unknown notebook 9_gone"),
+        (["grid", "none.yml"], "cannot read a grid from"),
         (["book", "--profile", "toy"], "no table of contents"),
     ],
 )
