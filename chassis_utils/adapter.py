@@ -205,8 +205,8 @@ class Adapter(Exchange):
         (p, rank), (rows, m), columns, features = self.down.shape, self.up.shape, self.columns, self.features
         good = rank == rows and self.bias.shape == (m,) and self.onto in ONTO and self.space in ("logits", "hidden")
         good = good and (columns is None or columns.shape == (m,)) and isinstance(self.layer, int) and self.layer >= 0
-        # Random features are drawn, as many as a file says: no more than it has numbers for.
-        good = good and (features is None or features.random < min(p, p * rank + 1))
+        # No map needs more factors; random features are drawn, as many as a file says: no more than it has numbers for.
+        good = good and rank <= p + 1 and (features is None or features.random < min(p, p * rank + 1))
         if good and not self.down.is_meta:
             numbers = [t for t in (self.down, self.up, self.bias, self.values) if t is not None]
             good = all(torch.isfinite(t).all() for t in numbers) and (columns is None or bool((columns >= 0).all()))

@@ -673,3 +673,15 @@ def test_heads_that_cap_differently_are_refused(base: LanguageModel, prompts: Pr
     for pair in ((base, capped), (capped, base)):
         with refused("cap", base.name, capped.name):
             fit(harvest(*pair, prompts, progress=False))
+
+
+def test_more_factors_than_any_map_needs_are_refused(base: LanguageModel, tmp_path: Path) -> None:
+    h, m = base.hidden_size, base.vocab_size
+    for rank in (h + 1, h + 2):
+        maps = (torch.zeros(shape) for shape in ((h, rank), (rank, m), (m,)))
+        folder = Adapter("x", base.num_layers, *maps, base.name, base.head_hash).save(tmp_path / str(rank))
+        if rank == h + 1:  # as behind without_intercept
+            assert Adapter.load(folder, base).rank == rank
+        else:
+            with refused("not a readable adapter folder"):
+                Adapter.load(folder, base)
