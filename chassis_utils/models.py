@@ -147,7 +147,7 @@ class LanguageModel:
         def enter(number: Place, _: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             # The state is the first argument, by place or by name.
             state = args[0] if args else kwargs["hidden_states"]
-            seen[number] = state.float()
+            seen[number], inputs[number] = state.float(), []  # an earlier pass may have been broken off
             here = [edit for edit in self.edits if edit.changes == number]
             for edit in here:
                 seen[number] = seen[number] + edit.correction(seen)
@@ -159,7 +159,7 @@ class LanguageModel:
         def linear(number: int, _: torch.nn.Module, args: tuple) -> None:
             # Maps that read the same tensor (queries, keys, values) count once; experts that see a part of the tokens
             # (mixtures), or maps of what a cache holds, not at all. Some blocks lay all tokens in one row.
-            given, known, size = args[0], inputs.setdefault(number, []), seen[number].shape[:2]
+            given, known, size = args[0], inputs[number], seen[number].shape[:2]
             if given.shape[:-1] in (size, (size.numel(),)) and not any(given is one for one in known):
                 known.append(given)
 

@@ -227,7 +227,7 @@ def quickly(base: LanguageModel, say: Any = print) -> tuple[dict, dict, Router]:
         say(f"fitting an adapter for {expert.name} ({len(plugs) + 1} of {len(experts)})")
         plugs[name] = kept(base, expert, DOMAINS[name][1])
     say("fitting the router")
-    return plugs, experts, known(base, [*plugs])
+    return plugs, experts, known(base, {name: expert.name for name, expert in experts.items()})
 
 
 def kept(base: LanguageModel, expert: LanguageModel, text: str) -> Adapter:
@@ -243,9 +243,10 @@ def kept(base: LanguageModel, expert: LanguageModel, text: str) -> Adapter:
     return adapter
 
 
-def known(base: LanguageModel, names: list[str]) -> Router | None:
-    """A router for the plugs among `names` whose domain is bundled; None where there is none."""
-    sets = {name: probe_set(DOMAINS[name][1], n=24) for name in names if name in DOMAINS}
+def known(base: LanguageModel, experts: Mapping[str, str | None]) -> Router | None:
+    """A router for the plugs, by name, whose expert's domain is bundled; None where there is none."""
+    texts = dict(DOMAINS.values())
+    sets = {name: probe_set(texts[expert], n=24) for name, expert in experts.items() if expert in texts}
     return Router.fit(base, sets, [probe_set(name, n=n) for name, n in REST.items()]) if sets else None
 
 
@@ -254,7 +255,7 @@ def folders(base: LanguageModel, plugs: Mapping[str, str]) -> tuple[dict, dict, 
     found = {name: Adapter.load(folder, base) for name, folder in plugs.items()}
     names = {name: adapter.info.get("expert") for name, adapter in found.items()}
     experts = {name: load(expert) for name, expert in names.items() if expert in BASES}
-    return found, experts, known(base, [*found])
+    return found, experts, known(base, names)
 
 
 def app(base: str = BASES[0], plugs: Mapping[str, str] | None = None) -> widgets.Widget:

@@ -365,3 +365,13 @@ def test_routes_that_lead_nowhere_are_refused(port: Port, pocket: dict[str, Lang
     with refused("'law' is not plugged in"):
         port.route("3 plus 4 is 7")
     assert port.in_use == {"rrr": 1.0}
+
+
+def test_a_pass_that_was_broken_off_leaves_nothing_to_the_next(port: Port) -> None:
+    port.use("math")
+    wanted = port.generate(PROMPTS[0], max_new_tokens=3)
+    block = port.model.model.layers[2].mlp.down_proj
+    with block.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt())):
+        with pytest.raises(KeyboardInterrupt):
+            port.generate(PROMPTS[0], max_new_tokens=3)
+    assert port.generate(PROMPTS[0], max_new_tokens=3) == wanted
