@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from numbers import Real
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import logits_process as warpers
 from transformers.generation.streamers import BaseStreamer
 
 from .activations import padded
@@ -27,7 +29,12 @@ from .router import Router
 
 Live = LanguageModel | Bridge | ApiExpert  #: An expert that runs beside the base and is asked at every token
 Plug = Adapter | Live
-TAIL = 8  # tokens of a prompt that a continuation is decoded behind: its first space depends on them
+TAIL = 8  # tokens that others are decoded behind, when a stop string is looked for: a first space depends on them
+#: Settings of `transformers`' generate that are the port's own, or of which texts come out that it cannot tell apart.
+OWN = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "streamer", "stopping_criteria", "max_length"}
+OWN |= {"num_return_sequences", "return_dict_in_generate", "generation_config"}
+_WARPERS = {"temperature": warpers.TemperatureLogitsWarper, "top_k": warpers.TopKLogitsWarper}
+_WARPERS |= {"top_p": warpers.TopPLogitsWarper, "min_p": warpers.MinPLogitsWarper}
 
 
 @dataclass(frozen=True)
@@ -47,21 +54,25 @@ class _Weighted:
 class Port:
     """A base that is loaded once and never changed, and what is plugged into it.
 
-    `model` is the base as `transformers` knows it, with what is in use at work in every pass: its own `generate`,
-    streamers and pipelines do as ever. It shares every weight with the base, whose own passes stay bare. What is in use
-    adds up: the logits are the base's, plus for each plug `weight * strength * (what it says - what the base says)`.
-    Of an adapter that is its correction (with edits on the way, the edits are weighted); of a live expert the
-    difference of log probabilities, what a bridge could not place being left to the base.
+    `model` is the base as `transformers` knows it, with the adapters in use at work in every pass: its own `generate`,
+    streamers and pipelines do as ever, in one thread at a time. It shares every weight with the base, whose own passes
+    stay bare. What is in use adds up: the logits are the base's, plus for each plug `weight * strength * (what it says
+    - what the base says)`. Of an adapter that is its correction (with edits on the way, the edits are weighted); of a
+    live expert the difference of log probabilities, what a bridge could not place being left to the base. Live experts
+    are heard in `generate` (of the port or its `model`) and `probabilities`; a call of `model` itself has no text.
     """
 
     def __init__(self, base: LanguageModel, router: Router | None = None) -> None:
-        if base.edits:
-            raise ChassisError(f"{base.name} has edits already: give the bare model, and plug them in")
+        if not isinstance(base, LanguageModel) or base.edits:
+            why = "has edits already" if isinstance(base, LanguageModel) else "is no model"
+            raise ChassisError(f"{getattr(base, 'name', base)!s:.80} {why}: load the bare model, and plug in the rest")
         self.base, self.router = base, router
         self.plugs: dict[str, Plug] = {}
         self._strengths: dict[str, float] = {}
         self._weights: dict[str, float] = {}
-        self._busy, self._hooks = threading.Lock(), ExitStack()
+        self._busy, self._passing, self._hooks = threading.Lock(), threading.RLock(), ExitStack()
+        self._adding: list[_Weighted] = []
+        self._noted: frozenset[Place] | None = None
         # Other modules around the same tensors: hooks on these are none on the base's.
         tensors = {id(one): one for one in (*base.model.parameters(), *base.model.buffers())}
         self._twin = copy.copy(base)
@@ -72,6 +83,14 @@ class Port:
         ends["suppress_tokens"] = [*range(base.vocab_size, len(self.model.get_output_embeddings().weight))] or None
         self.model.generation_config = GenerationConfig(**ends)
         self._own_generate, self.model.generate = self.model.generate, self._generate
+        own_forward = self.model.forward
+
+        @wraps(own_forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self._passing:  # what hooks note in a pass is of that pass
+                return own_forward(*args, **kwargs)
+
+        self.model.forward = forward
 
     @property
     def in_use(self) -> dict[str, float]:
@@ -81,17 +100,20 @@ class Port:
     def plug(self, name: str, plug: Plug | str | Path, strength: float = 1.0) -> None:
         """Plug in an adapter (or the folder or hub id of one), or a live expert, which is asked at every token.
 
-        A live expert is a model with the base's tokenizer, a `Bridge` to the base, or an `ApiExpert`. ChassisError for
-        a name that is taken, an adapter or bridge made for another base, head or tokenizer, an adapter that reads out
+        A live expert is a model with the base's tokenizer, a `Bridge` to such a one, or an `ApiExpert`. It reads the
+        whole text at every token, without a cache: its cost grows with the text. ChassisError for a name that is taken,
+        an adapter made for another base, head or tokenizer, a bridge to another tokenizer, an adapter that reads out
         another layer in place of the final one, or a strength that is no number of at least zero.
         """
-        if not name or name in self.plugs:
-            raise ChassisError(f"the name '{name}' is {'taken' if name else 'empty'}: unplug it, or choose another")
+        if not isinstance(name, str) or not name or name in self.plugs:
+            why = "taken" if isinstance(name, str) and name else "no text, or empty"
+            raise ChassisError(f"the name {name!r:.80} is {why}: unplug it, or choose another")
         base = self.base
         if isinstance(plug, str | Path):
             plug = Adapter.load(plug, base)
         if isinstance(plug, Adapter):
-            plug = plug.check_base(base).to(base.device)
+            plug.check_base(base)._check_sizes(base)
+            plug = plug.to(base.device)
             if plug.onto != "final" and (plug.onto not in ("layer", "normed") or plug.layer != base.num_layers):
                 why = f"it is added to '{plug.onto}' of layer {plug.layer}, in place of the base's final state"
                 raise ChassisError(f"'{name}' cannot be plugged in, {why}: fit it at layer -1")
@@ -123,6 +145,8 @@ class Port:
         ChassisError for a name that is not plugged in, weights that are negative, no numbers or all zero, or while
         text is being generated.
         """
+        if not isinstance(choice, str | Mapping | None):
+            raise ChassisError(f"a {type(choice).__name__} is no choice: give a name, {{name: weight}}, or None")
         weights = {} if choice is None else {choice: 1.0} if isinstance(choice, str) else dict(choice)
         weights = {self._known(name): _weight(weight, f"weight of '{name}'") for name, weight in weights.items()}
         if choice is not None and not sum(weights.values()):
@@ -165,34 +189,39 @@ class Port:
         return [_Weighted(plug, weight) for plug, weight in several if isinstance(plug, kind) and weight]
 
     def _install(self) -> None:
-        """Put the hooks of what is in use on `model`, in place of those that are there."""
-        self._hooks.close()
-        if not (active := self._active(Adapter)):
-            return
-        base, final, scale = self.base, self.base.num_layers, self.base.readout.scale
-        edits = [_Weighted(edit, one.weight) for one in active for edit in one.edits]
-        places = {place for one in active for place in one.reads} - {final}
-        seen = self._hooks.enter_context(self._twin.edited(*edits).on_the_way([*places], final))
-        inside = [one for one in active if one.space == "hidden"]
-        behind = [one for one in active if one.space == "logits"]
+        """Let what is in use act on `model`; hooks stay where they are while the same places are noted."""
+        with self._passing:
+            base, final, active = self.base, self.base.num_layers, self._active(Adapter)
+            edits = tuple(_Weighted(edit, one.weight) for one in active for edit in one.edits)
+            self._adding, self._twin.edits = active, edits
+            places = {place for one in active for place in one.reads} - {final}
+            noted = {place for edit in edits for place in (edit.changes, *edit.reads)} | places | {final}
+            if (noted := frozenset(noted) if active else None) == self._noted:
+                return
+            self._hooks.close()
+            self._noted = noted
+            if noted is None:
+                return
+            seen = self._hooks.enter_context(self._twin.on_the_way([*noted], final))
 
-        def before(_: torch.nn.Module, args: tuple) -> tuple:
-            # In a prompt's pass the head may be given the last position alone.
-            state, kept = args[0], args[0].shape[-2]
-            seen[final] = state.float()
-            for place in places:
-                seen[place] = seen[place][..., -kept:, :]
-            return (state + sum(one.correction(seen) for one in inside).to(state.dtype), *args[1:]) if inside else args
+            def before(_: torch.nn.Module, args: tuple) -> tuple:
+                # In a prompt's pass the head may be given the last position alone.
+                state, kept = args[0], args[0].shape[-2]
+                seen[final] = state.float()
+                for place in {place for one in self._adding for place in one.reads} - {final}:
+                    seen[place] = seen[place][..., -kept:, :]
+                inside = [one.correction(seen) for one in self._adding if one.space == "hidden"]
+                return (state + sum(inside).to(state.dtype), *args[1:]) if inside else args
 
-        def after(_: torch.nn.Module, args: tuple, logits: torch.Tensor) -> None:
-            for one in behind:
-                change = one.correction(seen).to(logits.dtype) / scale
-                where = slice(base.vocab_size) if one.columns is None else one.columns
-                logits[..., where] += change
+            def after(_: torch.nn.Module, args: tuple, logits: torch.Tensor) -> None:
+                for one in self._adding:
+                    if one.space == "logits":
+                        where = slice(base.vocab_size) if one.columns is None else one.columns
+                        logits[..., where] += one.correction(seen).to(logits.dtype) / base.readout.scale
 
-        head = self.model.get_output_embeddings()
-        self._hooks.enter_context(head.register_forward_pre_hook(before))
-        self._hooks.enter_context(head.register_forward_hook(after))
+            head = self.model.get_output_embeddings()
+            self._hooks.enter_context(head.register_forward_pre_hook(before))
+            self._hooks.enter_context(head.register_forward_hook(after))
 
     def _generate(self, *args: Any, **settings: Any) -> Any:
         """`transformers`' own generate, with what live experts say."""
@@ -206,7 +235,9 @@ class Port:
 
     def probabilities(self, prompts: Sequence[str]) -> torch.Tensor:
         """What is said next behind each of n prompts with what is in use, `(n, vocab)`; ChassisError as `generate`."""
-        ids, mask = padded([self.base.prompt_ids(prompt) for prompt in prompts])
+        if isinstance(prompts, str) or not (rows := [self.base.prompt_ids(prompt) for prompt in prompts]):
+            raise ChassisError("give a list of prompts, one or more")
+        ids, mask = padded(rows)
         ids, ends = ids.to(self.base.device), mask.sum(1) - 1
         with self._idle(), torch.inference_mode():
             logits = self.model(input_ids=ids, attention_mask=mask.to(ids.device), use_cache=False).logits
@@ -222,57 +253,76 @@ class Port:
     ) -> str | list[str] | Iterator[str]:  # fmt: skip
         """What the base writes behind a prompt, or behind each of several, with what is in use.
 
-        The text ends before the first `stop` string, at the base's end of text, after `max_new_tokens`, or at the end
-        of its context. With `stream` it comes piece by piece, whole characters each; closing the iterator ends the
-        generation. `settings` are those of `transformers`' `generate` (`temperature`, `top_p`, `num_beams`, ...): it is
-        greedy unless they sample, and the same `seed` draws the same text. ChassisError for a prompt that is no text or
-        leaves no room in the context, an empty stop string, an unknown setting, or several prompts to stream.
+        A text ends before the first `stop` string, at the base's end of text, after `max_new_tokens`, or at the end of
+        its context; a character that is cut off there is left out. With `stream` it comes piece by piece, whole
+        characters each; closing the iterator ends the generation. It is greedy unless `temperature`, `top_k`, `top_p`,
+        `min_p` or `do_sample` is given, which draw by a `seed` of their own; the other `settings` are those of
+        `transformers`' `generate`. ChassisError for a prompt that is no text or leaves no room in the context, an empty
+        stop string, a setting that is unknown or the port's own, or several prompts to stream.
         """
-        prompts, stops = ([one] if isinstance(one, str) else [*one] for one in (prompt, stop))
-        if not all(stops) or (stream and len(prompts) != 1) or max_new_tokens < 1 or not prompts:
-            raise ChassisError("give a prompt (one to stream), stop strings that are not empty, and 1 or more tokens")
-        rows = [self.base.prompt_ids(one) for one in prompts]
-        if (room := self.base.context - max(map(len, rows))) < 1:
-            raise ChassisError(f"a prompt fills all {self.base.context} tokens that {self.base.name} takes: shorten it")
-        ids, mask = (part.to(self.base.device) for part in padded(rows, "left"))
-        sampling = {"do_sample": not {"temperature", "top_p", "top_k", "min_p"}.isdisjoint(settings)} | settings
-        end = _End(self.base.tokenizer, stops, ids)
-        options = {"attention_mask": mask, "stopping_criteria": StoppingCriteriaList([end]), **sampling}
-        options["max_new_tokens"] = min(max_new_tokens, room)
+        several, base = isinstance(prompt, Sequence) and not isinstance(prompt, str), self.base
+        prompts, stops = [*prompt] if several else [prompt], [stop] if isinstance(stop, str) else [*(stop or ())]
+        rows = [base.prompt_ids(one) for one in prompts]
+        numbers = isinstance(max_new_tokens, int) and isinstance(seed, int) and max_new_tokens > 0 <= seed < 2**63
+        if not numbers or not all(stops) or not rows or (stream and len(rows) != 1):
+            wanted = "a prompt (one to stream), stop strings that are not empty, 1 or more tokens, a seed from 0"
+            raise ChassisError(f"give {wanted}")
+        if (own := OWN & settings.keys()) or any(base.prompt_ids(one, "a stop string") is None for one in stops):
+            raise ChassisError(f"{', '.join(sorted(own))} is the port's to set: leave it out, or use port.model")
+        limits = [min(max_new_tokens, base.context - len(row)) for row in rows]
+        if min(limits) < 1:
+            raise ChassisError(f"a prompt fills all {base.context} tokens that {base.name} takes: shorten it")
         if stream:
-            return _until(self._streamed(ids, options, seed, end), stops)
-        texts = ["".join(_until([end.text(row)], stops)) for row in self._seeded(ids, options, seed)]
-        return texts[0] if isinstance(prompt, str) else texts
+            return _until(self._streamed(rows[0], limits[0], stops, settings, seed), stops)
+        texts = [""] * len(rows)
+        for limit in sorted({*limits}):  # a long prompt leaves the others their room
+            those = [i for i, own in enumerate(limits) if own == limit]
+            written = self._written([rows[i] for i in those], limit, stops, settings, seed)
+            for i, new in zip(those, written, strict=True):
+                texts[i] = "".join(_until(map(_Text(base.tokenizer, rows[i]).add, new), stops))
+        return texts if several else texts[0]
 
-    def _seeded(self, ids: torch.Tensor, options: dict[str, Any], seed: int) -> torch.Tensor:
-        with torch.random.fork_rng(devices=[self.base.device] if self.base.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            try:
-                return self.model.generate(ids, **options)
-            except (ValueError, TypeError) as error:
-                why = " ".join(str(error).split())[:200]
-                raise ChassisError(f"transformers refuses these settings ({why}): see its GenerationConfig") from error
+    def _written(
+        self, rows: Sequence[list[int]], limit: int, stops: Sequence[str], settings: Mapping[str, Any], seed: int,
+        pieces: _Pieces | None = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """New tokens behind each row."""
+        ids, mask = (part.to(self.base.device) for part in padded(rows, "left"))
+        ends = StoppingCriteriaList([_End(self.base.tokenizer, stops, ids.shape[1], pieces)])
+        own = {"attention_mask": mask, "stopping_criteria": ends, "max_new_tokens": limit, "streamer": pieces}
+        rest = {name: value for name, value in settings.items() if name not in (*_WARPERS, "do_sample")}
+        try:
+            draw = [warp(settings[name]) for name, warp in _WARPERS.items() if settings.get(name)]
+            if settings.get("do_sample", bool(draw)):
+                if settings.get("num_beams", 1) > 1:
+                    raise ValueError("beams do not draw")
+                draw.append(_Draw(torch.Generator(ids.device).manual_seed(seed)))
+                rest["logits_processor"] = [*(rest.get("logits_processor") or ()), *draw]
+            return self.model.generate(ids, **own, **rest)[:, ids.shape[1] :].tolist()
+        except (ValueError, TypeError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise ChassisError(f"transformers refuses these settings ({why}): see its GenerationConfig") from error
 
-    def _streamed(self, ids: torch.Tensor, options: dict[str, Any], seed: int, end: _End) -> Iterator[str]:
+    def _streamed(self, row: list[int], *how: Any) -> Iterator[str]:
         """Pieces of a text while another thread writes it; that ends when nobody listens any more."""
-        pieces: Queue[str | BaseException | None] = Queue()
+        pieces = _Pieces(self.base.tokenizer)
 
         def write() -> None:
             try:
-                self._seeded(ids, options | {"streamer": _Pieces(end, pieces)}, seed)
-                pieces.put(None)
+                self._written([row], *how, pieces)
+                pieces.told.put(None)
             except BaseException as error:  # noqa: BLE001 - raised where the text is read
-                pieces.put(error)
+                pieces.told.put(error)
 
         thread = threading.Thread(target=write, daemon=True)
         thread.start()
         try:
-            while (piece := pieces.get()) is not None:
+            while (piece := pieces.told.get()) is not None:
                 if isinstance(piece, BaseException):
                     raise piece
                 yield piece
         finally:
-            end.left = True
+            pieces.left = True
             thread.join()
 
     def report(self) -> pd.DataFrame:
@@ -303,20 +353,21 @@ class _Live(LogitsProcessor):
         rows = [row[self.starts[i // several] :] for i, row in enumerate(input_ids.tolist())]
         ids, mask = padded(rows)
         texts = [base.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-        # Behind a part of a character nothing can be asked: there the base goes on alone.
-        asked = [i for i, text in enumerate(texts) if not text.endswith("\ufffd")]
         own = _last(base, ids, mask)
-        for one in self.live if asked else ():
-            plug = one.adapter
+        for one in self.live:
+            plug, asked = one.adapter, [*range(len(rows))]
             if isinstance(plug, LanguageModel):
-                told = _last(plug, ids, mask).to(own)[asked]
+                told = _last(plug, ids, mask).to(own)
             else:
+                # Behind a part of a character there is no text to give: the base goes on alone.
+                if not (asked := [i for i in asked if not texts[i].endswith("\ufffd")]):
+                    continue
                 given = [texts[i] for i in asked]
                 found = plug(None, given) if isinstance(plug, Bridge) else plug.bridged(base, given, progress=False)
                 told = (found.probabilities + found.unplaced[:, None] * own[asked].cpu()).to(own)
             change = told.clamp(min=1e-30).log() - own[asked].clamp(min=1e-30).log()
             scores[asked, : base.vocab_size] += (one.weight * change).to(scores)
-        return scores
+        return scores.log_softmax(-1)  # beams add up what is normalised
 
 
 def _last(model: LanguageModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -325,42 +376,69 @@ def _last(model: LanguageModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.
     return model.readout(state).double().softmax(-1)
 
 
-class _End(StoppingCriteria):
-    """Ends a row whose new text holds a stop string, and all when nobody listens; knows what is new in a row."""
+class _Draw(LogitsProcessor):
+    """Draws a token, which is left as the likeliest: by dice of its own, where torch has one generator for all."""
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], prompt: torch.Tensor) -> None:
-        self.tokenizer, self.stops, self.length, self.left = tokenizer, stops, prompt.shape[1], False
+    def __init__(self, dice: torch.Generator) -> None:
+        self.dice = dice
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # The first of several clocks to ring, each at the speed of its probability.
+        waits = torch.empty_like(scores, dtype=torch.double).exponential_(generator=self.dice)
+        return (scores.double().softmax(-1) / waits).log()
+
+
+class _End(StoppingCriteria):
+    """Ends a row whose new text, behind `length` tokens, holds a stop string, and all when nobody listens."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], length: int, pieces: _Pieces | None) -> None:
+        self.tokenizer, self.stops, self.length, self.pieces = tokenizer, stops, length, pieces
         # A stop string has no more tokens than bytes; one token more may hold its end, another its beginning.
         self.reach = max((len(stop.encode()) for stop in stops), default=0) + 2
 
-    def text(self, row: torch.Tensor, recent: int | None = None) -> str:
-        """The text of a row's new tokens, or of the `recent` last ones, as it stands behind what comes before."""
-        start = self.length if recent is None else max(self.length, len(row) - recent)
-        ids = row[max(0, start - TAIL) :].tolist()
-        known = ids[: start - len(row)]
-        before, whole = (self.tokenizer.decode(part, skip_special_tokens=True) for part in (known, ids))
-        return whole[len(before) :]
-
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        recent = [self.text(row, self.reach) if self.stops else "" for row in input_ids]
-        ended = [self.left or any(stop in text for stop in self.stops) for text in recent]
+        start = max(self.length, input_ids.shape[1] - self.reach)
+        behind, left = max(0, start - TAIL), self.pieces is not None and self.pieces.left
+        ended = [left] * len(input_ids)
+        for i, row in enumerate(input_ids[:, behind:].tolist() if self.stops and not left else ()):
+            parts = row[: start - behind], row
+            before, whole = (self.tokenizer.decode(part, skip_special_tokens=True) for part in parts)
+            ended[i] = any(stop in whole[len(before) :] for stop in self.stops)
         return torch.tensor(ended, device=input_ids.device)
 
 
-class _Pieces(BaseStreamer):
-    """Hands on what is new in a text with every token; a part of a character waits for its end."""
+class _Text:
+    """The text of tokens behind others, token by token; a part of a character waits for the rest."""
 
-    def __init__(self, end: _End, pieces: Queue) -> None:
-        self.end_of, self.pieces, self.ids, self.sent = end, pieces, torch.empty(0, dtype=torch.long), 0
+    def __init__(self, tokenizer: Any, before: Sequence[int]) -> None:
+        self.tokenizer, self.ids, self.start, self.read = tokenizer, [*before], 0, len(before)
+
+    def add(self, token: int) -> str:
+        """What a token adds, as it stands behind the last piece: a first space depends on that."""
+        self.ids.append(token)
+        parts = self.ids[self.start : self.read], self.ids[self.start :]
+        before, whole = (self.tokenizer.decode(part, skip_special_tokens=True) for part in parts)
+        if whole.endswith("\ufffd") or not (piece := whole[len(before) :]):
+            return ""
+        self.start, self.read = self.read, len(self.ids)
+        return piece
+
+
+class _Pieces(BaseStreamer):
+    """Hands on what every token adds to a text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.text, self.left = tokenizer, None, False
+        self.told: Queue[str | BaseException | None] = Queue()
 
     def put(self, value: torch.Tensor) -> None:
-        self.ids = torch.cat([self.ids, value.flatten().cpu()])
-        if len(self.ids) > self.end_of.length and not (text := self.end_of.text(self.ids)).endswith("\ufffd"):
-            self.pieces.put(text[self.sent :])
-            self.sent = len(text)
+        if self.text is None:  # the prompt comes first
+            self.text = _Text(self.tokenizer, value.flatten().tolist())
+        else:
+            self.told.put(self.text.add(int(value)))
 
     def end(self) -> None:
-        self.pieces.put(self.end_of.text(self.ids)[self.sent :])
+        """Every whole character was handed on."""
 
 
 def _until(pieces: Iterator[str] | Sequence[str], stops: Sequence[str]) -> Iterator[str]:
@@ -380,8 +458,7 @@ def _until(pieces: Iterator[str] | Sequence[str], stops: Sequence[str]) -> Itera
 
 
 def _weight(value: Any, name: str) -> float:
-    """A finite number of at least zero, or ChassisError."""
-    number = float(value) if isinstance(value, int | float) else math.nan
-    if not 0 <= number < math.inf:
-        raise ChassisError(f"{name} is {value!r}: give a finite number of at least zero")
-    return number
+    """A number from 0 to a million, or ChassisError."""
+    if not (isinstance(value, Real) and 0 <= value <= 1e6):
+        raise ChassisError(f"{name} is {value!r:.40}: give a finite number of at least zero, at most a million")
+    return float(value)
