@@ -20,7 +20,7 @@ from .activations import Activations
 from .errors import ChassisError
 from .exchange import Exchange, card, found, licence, refusing
 from .features import Features
-from .files import replacing
+from .files import replaceable, replacing
 from .foreign import ForeignExpert
 from .models import LanguageModel, Place, Readout, tensor_hash
 from .solve import Gram, low_rank, ridge
@@ -135,11 +135,9 @@ class Adapter(Exchange):
     def save(self, folder: str | Path, figures: pd.DataFrame | None = None) -> Path:
         """Write its folder: JSON, safetensors, and a card that shows its settings and, of `evaluate`, its `figures`.
 
-        It is there complete or not at all; ChassisError where that cannot be, or another thing is there.
+        It is there complete or not at all; ChassisError where that cannot be, or other files are there.
         """
-        folder = Path(folder)
-        if folder.exists() and not (folder / "adapter.json").is_file():
-            raise ChassisError(f"{folder} exists and is no adapter folder: choose another name")
+        folder = replaceable(folder, ("adapter.json", "adapter.safetensors", "README.md"))
         (tensors, plain), told = self._written(), card(self, figures)
         with replacing(folder) as temporary:
             temporary.mkdir(parents=True)
@@ -191,7 +189,9 @@ class Adapter(Exchange):
                 parts[int(known[1] or -1) + 1][known[2]] = tensor
         for tensors, own in zip(parts, (plain, *plain["edits"]), strict=True):
             good = own.keys() == _KINDS.keys() and all(isinstance(own[k], kind) for k, kind in _KINDS.items())
-            good = good and all(str(v).isprintable() and (not isinstance(v, str) or len(v) < 999) for v in own.values())
+            words = [*own.values(), *own["info"].values()] if good else []
+            good = good and all(str(v).isprintable() and (not isinstance(v, str) or len(v) < 999) for v in words)
+            good = good and not any(isinstance(v, dict | list) for v in own["info"].values())
             if not good or tensors["down"].shape[-1] != own["rank"] or (own is not plain and own["edits"]):
                 raise ChassisError("settings missing, unknown or of another kind")
             fitted = tensors.pop("fitted_on", torch.empty(0))
@@ -228,6 +228,8 @@ class Adapter(Exchange):
 
     def check_base(self, base: LanguageModel) -> Adapter:
         """Itself, if made for this base: head and, where known, tokenizer and body; else ChassisError, naming both."""
+        if not isinstance(base, LanguageModel):
+            raise ChassisError(f"base is a {type(base).__name__}, not a model: load it first")
         here = {"head": [base.head_hash], "tokenizer": [base.tokenizer_hash]}
         here["body"] = [base.bare.revision, base.revision]  # edits may have come later
         made = {"tokenizer": self.info.get("tokenizer_hash"), "body": self.info.get("base_revision")}

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from yaml import YAMLError
 
 from .errors import ChassisError
-from .files import replacing
+from .files import replaceable, replacing
 from .models import LanguageModel, load, located
 from .solve import Gram
 
@@ -57,10 +57,9 @@ class Exchange:
         these, export it `without_intercept`. A head that is tied to the embedding must be untied before a merge.
         ChassisError for any other adapter, naming what it has that a LoRA of the head has not.
         """
-        base, folder = load(self.base_name) if base is None else base, Path(folder)
+        base = load(self.base_name) if base is None else base
         _check_linear(self, base)
-        if folder.exists() and not (folder / "adapter_config.json").is_file():
-            raise ChassisError(f"{folder} exists and is no adapter of peft: choose another name")
+        folder = replaceable(folder, ("adapter_config.json", "adapter_model.safetensors"))
         head, readout = base.model.get_output_embeddings(), base.readout
         name = next(name for name, module in base.model.named_modules() if module is head)
         weight, down = readout.weight.cpu().double().T, self.down.cpu().double()
@@ -115,9 +114,10 @@ def refusing(wrong: str, advice: str) -> Iterator[None]:
 
 def found(name: str | Path, revision: str | None = None) -> tuple[Path, Path]:
     """A local folder, or a repository's files in the hub's cache; and the folder that they must not leave."""
-    folder = Path(name)
-    if folder.exists() or not re.fullmatch(_REPOSITORY, str(name)):
-        return folder, folder
+    with refusing(f"{name!r:.80} is no name of a folder", "give one, or an id of the hub"):
+        folder = Path(name)
+        if folder.exists() or not re.fullmatch(_REPOSITORY, str(name)):
+            return folder, folder
     with refusing(f"{name} is no folder, and the hub gave nothing", "check the id, the revision and the network"):
         files = ["adapter.json", "adapter.safetensors"]
         snapshot = Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
@@ -142,6 +142,8 @@ def card(adapter: Adapter, figures: pd.DataFrame | None = None) -> str:
     settings |= {"reads": ", ".join(map(str, adapter.reads)), "edits": len(adapter.edits)} | adapter.info
     parts = {"method": _cell(adapter.method), "base": _cell(name), "front": front}
     parts |= {"settings": _table([{"setting": k, "value": v} for k, v in settings.items()]), "figures": "None yet."}
+    if not isinstance(figures, pd.DataFrame | None):
+        raise ChassisError(f"figures is a {type(figures).__name__}: give the table that evaluate returns")
     if figures is not None:
         rows = figures[[k for k in SHOWN if k in figures]].to_dict("records")
         if not (own := [row for row in rows if (row["method"], row["rank"]) == (adapter.method, adapter.rank)]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,9 +19,19 @@ def _writing(path: str | Path) -> Iterator[None]:
     """Say in one line that nothing can be written to a path."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ChassisError(f"cannot write to {path} ({reason}): choose another folder, or make room") from error
+
+
+def replaceable(folder: str | Path, own: Sequence[str]) -> Path:
+    """A folder that is not there, or holds no other files than its `own`; else ChassisError, as they would be lost."""
+    with _writing(folder):
+        folder = Path(folder)
+        others = sorted({path.name for path in folder.iterdir()} - {*own}) if folder.exists() else []
+    if others:
+        raise ChassisError(f"{folder} holds {', '.join(others)[:80]}, which would be lost: choose another name")
+    return folder
 
 
 def made(folder: str | Path) -> Path:

@@ -260,14 +260,14 @@ class Port:
         `transformers`' `generate`. ChassisError for a prompt that is no text or leaves no room in the context, an empty
         stop string, a setting that is unknown or the port's own, or several prompts to stream.
         """
-        several, base = isinstance(prompt, Sequence) and not isinstance(prompt, str), self.base
-        prompts, stops = [*prompt] if several else [prompt], [stop] if isinstance(stop, str) else [*(stop or ())]
-        rows = [base.prompt_ids(one) for one in prompts]
+        base, several = self.base, isinstance(prompt, Sequence) and not isinstance(prompt, str)
+        stops = [*stop] if isinstance(stop, Sequence) and not isinstance(stop, str) else [stop]
+        rows = [base.prompt_ids(one) for one in (prompt if several else [prompt])]
         numbers = isinstance(max_new_tokens, int) and isinstance(seed, int) and max_new_tokens > 0 <= seed < 2**63
-        if not numbers or not all(stops) or not rows or (stream and len(rows) != 1):
+        if not numbers or not rows or (stream and len(rows) != 1) or not all(isinstance(x, str) and x for x in stops):
             wanted = "a prompt (one to stream), stop strings that are not empty, 1 or more tokens, a seed from 0"
             raise ChassisError(f"give {wanted}")
-        if (own := OWN & settings.keys()) or any(base.prompt_ids(one, "a stop string") is None for one in stops):
+        if own := OWN & settings.keys():
             raise ChassisError(f"{', '.join(sorted(own))} is the port's to set: leave it out, or use port.model")
         limits = [min(max_new_tokens, base.context - len(row)) for row in rows]
         if min(limits) < 1:
@@ -394,7 +394,7 @@ class _End(StoppingCriteria):
     def __init__(self, tokenizer: Any, stops: Sequence[str], length: int, pieces: _Pieces | None) -> None:
         self.tokenizer, self.stops, self.length, self.pieces = tokenizer, stops, length, pieces
         # A stop string has no more tokens than bytes; one token more may hold its end, another its beginning.
-        self.reach = max((len(stop.encode()) for stop in stops), default=0) + 2
+        self.reach = max((len(stop.encode(errors="replace")) for stop in stops), default=0) + 2
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         start = max(self.length, input_ids.shape[1] - self.reach)

@@ -41,8 +41,8 @@ class Probes:
             raise ChassisError(f"no split '{self.split}': choose from {', '.join(SPLITS)}")
         if isinstance(self.prompts, str) or not self.prompts:
             raise ChassisError(f"probe set '{self.name}' ({self.split}) is empty or one string: give several strings")
-        if empty := [i for i, prompt in enumerate(self.prompts) if not prompt.strip()]:
-            raise ChassisError(f"prompt {empty[0]} of probe set '{self.name}' is empty: remove it or write something")
+        if odd := [i for i, prompt in enumerate(self.prompts) if not isinstance(prompt, str) or not prompt.strip()]:
+            raise ChassisError(f"prompt {odd[0]} of probe set '{self.name}' is empty or no text: write something")
 
     def __len__(self) -> int:
         return len(self.prompts)

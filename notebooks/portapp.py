@@ -26,7 +26,7 @@ REST = {"prose": 24, "numerals": 32, "languages": 32}  # texts of no expert, for
 QUICK = {"n": 12, "lam": 0.1}
 PROMPT = "Question: Tom has 12 apples and buys 7 more. How many apples does he have?\nAnswer:"
 SEEN = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})  # what a label would not show
-BARE, ADAPTED = "bare base", "port"
+BARE, ADAPTED = "bare base", "port"  # speakers, of which no plug may have the name
 STYLE = Path(__file__).with_name("app") / "port.css"
 
 
@@ -35,6 +35,12 @@ def colour(name: str, names: list[str]) -> str:
     own = {BARE: GREY, ADAPTED: style("v2")[1]}
     spare = [one for one in PALETTE if one not in own.values()]
     return own.get(name) or spare[[one for one in names if one not in own].index(name) % len(spare)]
+
+
+def label(token: int, tokenizer: Any) -> str:
+    """A token's text, with the space that it begins with; of one that stands for none (an end of text), its name."""
+    text = (token_bytes(tokenizer)[token] or b"").decode(errors="replace")
+    return (text or str(tokenizer.convert_ids_to_tokens(token))).translate(SEEN)
 
 
 def next_tokens(said: Mapping[str, torch.Tensor], tokenizer: Any, tokens: int = 8) -> go.Figure:
@@ -46,8 +52,7 @@ def next_tokens(said: Mapping[str, torch.Tensor], tokenizer: Any, tokens: int = 
         tokens: how many are drawn: those that any speaker holds likeliest.
     """
     chosen = torch.stack([*said.values()]).amax(0).topk(tokens).indices
-    known = token_bytes(tokenizer)  # which keep the space that a token begins with
-    pieces = [(known[i] or b"").decode(errors="replace").translate(SEEN) for i in chosen.tolist()]
+    pieces = [label(i, tokenizer) for i in chosen.tolist()]
     labels, names = [html.escape(piece, quote=False) for piece in pieces], [*said]
     figure = go.Figure(layout={"barmode": "group", "bargap": 0.28, "bargroupgap": 0.08, "height": 440})
     for name, probabilities in said.items():
@@ -83,7 +88,7 @@ class PortApp(widgets.VBox):
 
     def __init__(
         self, base: LanguageModel, plugs: Mapping[str, Adapter | str], experts: Mapping[str, LanguageModel],
-        router: Router | None = None,
+        router: Router | None = None, prompt: str = PROMPT,
     ) -> None:  # fmt: skip
         if reserved := {BARE, ADAPTED} & {*plugs}:
             raise ChassisError(f"no plug may be named '{min(reserved)}': choose another name")
@@ -94,7 +99,7 @@ class PortApp(widgets.VBox):
             for name, plug in plugs.items():
                 port.plug(name, plug)
         self.base, self.writer, self.leave = base, None, threading.Event()
-        self.prompt = widgets.Textarea(PROMPT, description="Prompt", continuous_update=False, rows=4)
+        self.prompt = widgets.Textarea(prompt, description="Prompt", continuous_update=False, rows=4)
         first = next(iter(plugs), None)  # alone: two at full weight say neither's text well
         self.checks = {name: widgets.Checkbox(name == first, description=name, indent=False) for name in plugs}
         weight = {"min": 0.0, "max": 2.0, "step": 0.05, "readout_format": ".2f", "continuous_update": False}
@@ -108,7 +113,7 @@ class PortApp(widgets.VBox):
         self.figure, self.panels = widgets.Output(), {name: widgets.HTML() for name in self.pens}
         for one in (self.prompt, *self.checks.values(), *self.weights.values()):
             one.observe(lambda _: self.draw(), "value")
-        self.prompt.observe(lambda _: setattr(self.choice, "value", ""), "value")  # it was another prompt's
+        self.prompt.observe(lambda _: self.another(), "value")
         self.route.on_click(lambda _: self.routed())
         self.write.on_click(lambda _: self.written())
         self.stop.on_click(lambda _: self.leave.set())
@@ -132,6 +137,12 @@ class PortApp(widgets.VBox):
         titles = {n: f'<h3 style="--speaker: {hue}">{html.escape(n)}</h3>' for n, hue in colours.items()}
         return _box("panels", *(_box("panel", widgets.HTML(titles[n]), text) for n, text in self.panels.items()))
 
+    def another(self) -> None:
+        """Forget what was said of another prompt."""
+        self.choice.value = ""
+        if not (self.writer and self.writer.is_alive()):
+            self._show(dict.fromkeys(self.panels, ""))
+
     @property
     def in_use(self) -> dict[str, float] | None:
         """Weights of the plugs that are ticked; None where that leaves the bare base."""
@@ -152,7 +163,9 @@ class PortApp(widgets.VBox):
         figure = next_tokens(said, self.base.tokenizer).to_plotly_json()
         data = {"application/vnd.plotly.v1+json": figure | {"config": {"responsive": True}}}
         self.figure.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
-        lines = [f"KL to {name}: {BARE} {kl(own, said[BARE]):.2f}, {ADAPTED} {kl(own, said[ADAPTED]):.2f} nats"
+        first = {name: label(int(p.argmax()), self.base.tokenizer) for name, p in said.items()}
+        lines = ["likeliest: " + ", ".join(f"{name} {first[name]} {float(p.max()):.0%}" for name, p in said.items())]
+        lines += [f"KL to {name}: {BARE} {kl(own, said[BARE]):.2f}, {ADAPTED} {kl(own, said[ADAPTED]):.2f} nats"
                  for name, own in said.items() if name not in (BARE, ADAPTED)]  # fmt: skip
         self.apart.value = plain("\n".join(lines), "note")
         self.told()
@@ -263,20 +276,24 @@ def app(base: str = BASES[0], plugs: Mapping[str, str] | None = None) -> widgets
 
     `base` is what `load` takes, `plugs` are folders of adapters by name; without, those of `DOMAINS` are fitted.
     """
-    choice = widgets.Dropdown(options=[*dict.fromkeys([base, *BASES])], value=base, description="Base")
+    # An adapter belongs to one base: with adapters given, there is nothing to choose.
+    bases = [base] if plugs else [*dict.fromkeys([base, *BASES])]
+    choice = widgets.Dropdown(options=bases, value=base, description="Base")
     title = "<h1>The port</h1><p>A base model that stays as it is, and experts plugged into it by weight. " \
             "Write a prompt, move the weights, and see what each would say.</p>"  # fmt: skip
     progress, space = widgets.HTML(), widgets.VBox()
 
     def make(name: str) -> None:
         try:
+            prompt = next((old.prompt.value for old in space.children), PROMPT)
             for old in space.children:
                 old.close()
             space.children = ()
             progress.value = plain(f"loading {name} …", "note", "status")
             model = load(name)
             say = lambda text: setattr(progress, "value", plain(f"{text} …", "note", "status"))  # noqa: E731
-            space.children = (PortApp(model, *(folders(model, plugs) if plugs else quickly(model, say))),)
+            parts = folders(model, plugs) if plugs else quickly(model, say)
+            space.children = (PortApp(model, *parts, prompt),)
             progress.value = ""
         except ChassisError as error:
             progress.value = plain(str(error), "error", "alert")

@@ -83,6 +83,8 @@ def told(
     parts = Probes("parts", "text", tuple(part.strip() for one in documents for _, part in one)).fingerprints
     if bad := [n for n, plug in port.plugs.items() if isinstance(plug, Adapter) and plug.fitted_on & parts]:
         raise ChassisError(f"'{bad[0]}' was fitted on a part of these documents: give held-out text")
+    if live := [name for name in port.plugs if not isinstance(port.plugs[name], Adapter)]:
+        raise ChassisError(f"'{live[0]}' is a live expert, which a pass over a text does not ask: give an adapter")
     ids, places = placed(base, documents)
     rows, frames = {number: some for number, some in places.groupby("document")}, []
     for numbers, given, mask in batched(ids, max(base.context, BLOCK * 2 // base.vocab_size)):

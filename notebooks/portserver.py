@@ -27,6 +27,7 @@ from traitlets.config import Config
 
 import chassis_utils
 from chassis_utils import ChassisError, Port, load
+from portapp import ADAPTED, BARE
 
 try:
     from voila.app import Voila
@@ -58,6 +59,8 @@ def serve(base: str, plugs: Sequence[tuple[str, str]], number: int = 0, browser:
     base = str(Path(base).resolve()) if Path(base).is_dir() else base
     if len(folders) < len(plugs):
         raise ChassisError("two plugs have one name: give each its own")
+    if reserved := {BARE, ADAPTED} & {*folders}:
+        raise ChassisError(f"no plug may be named '{min(reserved)}', as a speaker of the page is: choose another name")
     port = Port(load(base))
     for name, folder in folders.items():
         port.plug(name, folder)

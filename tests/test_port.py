@@ -5,14 +5,34 @@ from __future__ import annotations
 import math
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 import transformers as tf
 from conftest import make, refused
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from chassis_utils import Adapter, Bridge, Features, LanguageModel, Port, Probes, Router, fit, harvest, load, probe_set
+from chassis_utils import (
+    Adapter,
+    Bridge,
+    ChassisError,
+    Features,
+    LanguageModel,
+    Port,
+    Probes,
+    Router,
+    fit,
+    harvest,
+    load,
+    probe_set,
+)
 from chassis_utils.models import tensor_hash
 
 PROMPTS = ["Tom has 12 apples and buys", "The", "What is love? It is a thing of"]
@@ -227,16 +247,23 @@ def test_nothing_changes_under_a_generation_and_a_reader_may_leave(port: Port) -
     assert "math" not in port.plugs
 
 
-def test_many_plugs_share_what_they_are_given(pocket: dict[str, LanguageModel], adapters: dict[str, Adapter]) -> None:
-    port = Port(pocket["base"])
-    for i in range(100):
-        port.plug(f"plug {i}", adapters["rrr"])
-    assert {plug.down.data_ptr() for plug in port.plugs.values()} == {adapters["rrr"].down.data_ptr()}
+def test_a_hundred_plugs_take_the_room_of_a_hundred(
+    pocket: dict[str, LanguageModel], adapters: dict[str, Adapter]
+) -> None:
+    """Each its own numbers, none copied; a hundredth of each adds up to their mean."""
+    port, one, draw = Port(pocket["base"]), adapters["rrr"], torch.Generator().manual_seed(0)
+    own = [replace(one, up=one.up + 0.1 * torch.randn(one.up.shape, generator=draw)) for _ in range(100)]
+    for i, adapter in enumerate(own):
+        port.plug(f"plug {i}", adapter)
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for x in port.plugs.values() for t in (x.down, x.up, x.bias)}  # fmt: skip
+    assert sum(held.values()) <= 100 * 4 * one.num_parameters
     port.use({f"plug {i}": 0.01 for i in range(100)})
     ids = torch.tensor([port.base.tokenizer(PROMPTS[0])["input_ids"]])
+    mean = replace(one, up=torch.stack([x.up for x in own]).mean(0))
     with torch.inference_mode():
         ours = port.model(input_ids=ids).logits[0]
-    torch.testing.assert_close(ours, said(port.base, adapters["rrr"], PROMPTS[0]), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(ours, said(port.base, mean, PROMPTS[0]), atol=1e-3, rtol=1e-3)
 
 
 def test_a_folder_is_plugged_in_by_its_name(port: Port, adapters: dict[str, Adapter], tmp_path: Path) -> None:
@@ -299,13 +326,15 @@ def test_edits_act_alike_with_a_cache_and_without(tmp_path: Path, architecture: 
     assert told == [greedy_ids(base, adapter, one, 6) for one in PROMPTS] != bare
 
 
-@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, "much", None])
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, 10**400, 1e308, "much", None, [1.0]])
 def test_weights_that_are_none_are_refused(port: Port, weight: object) -> None:
     port.use("math")
     for change in (lambda: port.use({"math": 1.0, "verse": weight}), lambda: port.strength("math", weight)):
         with refused("finite number of at least zero"):
             change()
     assert port.in_use == {"math": 1.0}
+    port.use({"math": np.float32(0.5)})
+    assert port.in_use == {"math": 0.5}
 
 
 def test_wrong_plugs_are_refused(
@@ -328,10 +357,149 @@ def test_wrong_plugs_are_refused(
         port.plug("x", fit(a, "v1", layer=3, lam=1.0))
     with refused("edits already"):
         Port(port.base.edited(*adapters["math"].edits))
+    with refused("pocket-base is no model", "load"):
+        Port("pocket-base")
+    for name in (3, ["a"], None, ""):
+        with refused("the name", "no text, or empty"):
+            port.plug(name, adapters["rrr"])
+    for choice in (["math"], 3, {"math"}):
+        with refused("is no choice", "{name: weight}"):
+            port.use(choice)
+    with refused("a map of sizes"):
+        port.plug("narrow", replace(adapters["rrr"], up=adapters["rrr"].up[:, :-1], bias=adapters["rrr"].bias[:-1]))
+    for prompts in ("The", []):
+        with refused("a list of prompts"):
+            port.probabilities(prompts)
+    port.router = Router.fit(port.base, {"math": probe_set("math-text", n=4)})
+    with refused("no text"):
+        port.route(None)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_sequence_of_calls_changes_the_base(
+    pocket: dict[str, LanguageModel], adapters: dict[str, Adapter], data: st.DataObject
+) -> None:
+    """Whatever is called, in whatever order, and whether it is refused or not."""
+    port, base = Port(pocket["base"]), pocket["base"]
+    weights = {name: tensor_hash(one) for name, one in base.model.state_dict().items()}
+    here, bare = hooks(base), said(base, None, PROMPTS[1])
+    names = st.sampled_from([*adapters, "live", "gone"])
+    numbers = st.floats(-0.5, 3.0)
+    for _ in range(data.draw(st.integers(1, 8))):
+        name = data.draw(names)
+        plug = adapters.get(name, pocket["math"])
+        calls = {
+            "plug": lambda name=name, plug=plug: port.plug(name, plug, data.draw(numbers)),
+            "unplug": lambda name=name: port.unplug(name),
+            "use": lambda: port.use(data.draw(st.none() | names | st.dictionaries(names, numbers, max_size=3))),
+            "strength": lambda name=name: port.strength(name, data.draw(numbers)),
+            "generate": lambda: port.generate(PROMPTS[:2], max_new_tokens=2),
+            "stream": lambda: next(port.generate("The", max_new_tokens=3, stream=True, temperature=1.0), ""),
+            "probabilities": lambda: port.probabilities(PROMPTS[:2]),
+            "report": port.report,
+        }
+        with suppress(ChassisError):
+            calls[data.draw(st.sampled_from([*calls]))]()
+    assert {name: tensor_hash(one) for name, one in base.model.state_dict().items()} == weights
+    assert hooks(base) == here and torch.equal(said(base, None, PROMPTS[1]), bare)
+
+
+def test_passes_in_several_threads_do_not_mix(port: Port) -> None:
+    port.use({"math": 0.5, "near": 0.5})
+    ids = [torch.tensor([port.base.tokenizer(prompt)["input_ids"]]) for prompt in PROMPTS]
+
+    def alone(one: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return port.model(input_ids=one).logits
+
+    wanted = [alone(one) for one in ids]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(alone, ids * 8))
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted * 8, strict=True))
+
+
+def test_a_long_neighbour_takes_no_room_from_a_short_prompt(port: Port) -> None:
+    long = "The sea. " * 168
+    options = {"max_new_tokens": 40, "suppress_tokens": [port.base.tokenizer.eos_token_id]}
+    alone = port.generate(PROMPTS[1], **options)
+    assert port.generate([long, PROMPTS[1]], **options)[1] == alone
+    assert len(alone) > len(port.generate(long, **options))
+
+
+def test_streams_beside_one_another_draw_as_if_alone(pocket: dict[str, LanguageModel]) -> None:
+    ports = [Port(pocket["base"]) for _ in range(3)]
+    draw = {"temperature": 1.0, "top_k": 50, "max_new_tokens": 24}
+    alone = [port.generate("The", seed=seed, **draw) for seed, port in enumerate(ports)]
+    torch.manual_seed(7)
+    wanted = torch.rand(8)
+    torch.manual_seed(7)
+    streams = [port.generate("The", seed=seed, stream=True, **draw) for seed, port in enumerate(ports)]
+    texts, numbers = [""] * 3, []
+    for _ in range(30):
+        texts = [text + next(stream, "") for text, stream in zip(texts, streams, strict=True)]
+        numbers += [torch.rand(1)] if len(numbers) < 8 else []
+    assert texts == alone and len({*alone}) == 3
+    assert torch.equal(torch.cat(numbers), wanted), "nobody else's draws are disturbed"
+
+
+def test_what_is_drawn_comes_as_often_as_it_is_likely(pocket: dict[str, LanguageModel]) -> None:
+    """And never from what top_k leaves out."""
+    port, n = Port(pocket["base"]), 600
+    p = port.probabilities(["The"])[0].double()
+    texts = port.generate(["The"] * n, max_new_tokens=1, temperature=2.0, top_k=5, seed=3)
+    likely = p.topk(5)
+    share = likely.values.sqrt() / likely.values.sqrt().sum()
+    names = [port.generate("The", max_new_tokens=1, logits_processor=[Only(int(i))]) for i in likely.indices]
+    counts = np.array([texts.count(name) for name in names])
+    assert counts.sum() == n and len({*names}) == 5
+    assert scipy.stats.chisquare(counts, share.numpy() * n).pvalue > 1e-3
+
+
+class Only(tf.LogitsProcessor):
+    """Leaves one token."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -math.inf).index_fill_(1, torch.tensor([self.token]), 0.0)
+
+
+def test_beams_over_live_experts_add_up_what_is_normalised(pocket: dict[str, LanguageModel]) -> None:
+    """The score of the best beam is the sum of its tokens' log probabilities in the mixture."""
+    port = Port(pocket["base"])
+    port.plug("live", pocket["math"])
+    port.use({"live": 0.5})
+    ids = torch.tensor([port.base.tokenizer("Tom has 12")["input_ids"]])
+    options = {"num_beams": 3, "max_new_tokens": 4, "length_penalty": 0.0, "do_sample": False}
+    options |= {"return_dict_in_generate": True, "output_scores": True, "attention_mask": torch.ones_like(ids)}
+    told = port.model.generate(ids, **options)
+    row, total = told.sequences[0], 0.0
+    for place in range(ids.shape[1], len(row)):
+        before = row[None, :place]
+        mixed = 0.0
+        for name in ("base", "math"):
+            model = pocket[name]
+            state = model.states(before, torch.ones_like(before))[model.num_layers][0, -1]
+            mixed += 0.5 * model.readout(state).double().log_softmax(-1)
+        total += float(mixed.log_softmax(-1)[row[place]])
+    assert float(told.sequences_scores[0]) == pytest.approx(total, abs=1e-3)
+
+
+def test_a_live_model_is_heard_inside_a_character_too(pocket: dict[str, LanguageModel]) -> None:
+    """The same tokenizer needs no text: an expert alone spells what it would spell."""
+    port, ids = Port(pocket["base"]), pocket["base"].tokenizer("🎈", add_special_tokens=False)["input_ids"]
+    port.plug("live", pocket["math"])
+    port.use("live")
+    row = torch.tensor([pocket["base"].tokenizer("The ")["input_ids"] + ids[:-2]])
+    new = port.model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=1, do_sample=False)
+    own = pocket["math"].model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=1, do_sample=False)
+    assert torch.equal(new, own)
 
 
 @pytest.mark.parametrize(
-    ("prompt", "settings", "words"),
+    ("prompt", "options", "words"),
     [
         ("The", {"stop": ""}, "stop strings that are not empty"),
         (["The", "A"], {"stream": True}, "one to stream"),
@@ -339,12 +507,27 @@ def test_wrong_plugs_are_refused(
         ("The", {"heat": 3}, "transformers refuses"),
         ("\ud800", {}, "no Unicode text"),
         ([], {}, "give a prompt"),
+        (None, {}, "no Unicode text"),
+        (["The", 3], {}, "no Unicode text"),
+        ("The", {"stop": 3}, "stop"),
+        ("The", {"stop": [1]}, "stop"),
+        ("The", {"stop": None}, "stop"),
+        ("The", {"max_new_tokens": "5"}, "1 or more"),
+        ("The", {"max_new_tokens": None}, "1 or more"),
+        ("The", {"max_new_tokens": 2.5}, "1 or more"),
+        ("The", {"seed": "a"}, "seed"),
+        ("The", {"seed": 2**80}, "seed"),
+        ("The", {"return_dict_in_generate": True}, "the port's to set"),
+        ("The", {"num_return_sequences": 2, "temperature": 1.0}, "the port's to set"),
+        ("The", {"temperature": -1.0}, "transformers refuses"),
+        ("The", {"top_p": "much"}, "transformers refuses"),
+        ("The", {"num_beams": 2, "temperature": 1.0}, "beams do not draw"),
         ("word " * 600, {}, "shorten it"),
     ],
 )
-def test_wrong_settings_are_refused(port: Port, prompt: object, settings: dict, words: str) -> None:
+def test_wrong_settings_are_refused(port: Port, prompt: object, options: dict, words: str) -> None:
     with refused(words):
-        port.generate(prompt, **settings)
+        port.generate(prompt, **options)
 
 
 def test_a_text_ends_with_the_context(port: Port) -> None:

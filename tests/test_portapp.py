@@ -435,6 +435,33 @@ def test_what_cannot_be_served_is_one_line(
     assert told.out == "" and told.err.count("\n") == 1 and words in told.err
 
 
+def test_a_plug_with_the_name_of_a_speaker_is_refused_before_anything_is_served(
+    math: Adapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = math.save(tmp_path / "math")
+    for name in ("port", "bare base"):
+        assert main(["port", "--no-browser", "--plug", f"{name}={folder}"]) == 1
+        told = capsys.readouterr()
+        assert told.out == "" and f"'{name}'" in told.err and told.err.count("\n") == 1
+
+
+def test_another_prompt_leaves_nothing_of_the_last_one(base: LanguageModel, math: Adapter) -> None:
+    page = portapp.PortApp(base, {"math": math}, {}, None, "Seven and")
+    assert page.prompt.value == "Seven and"
+    page.tokens.value = 8
+    page.written()
+    page.writer.join()
+    assert all(panel.value != portapp.plain("", "text") for panel in page.panels.values())
+    page.prompt.value = "The"
+    assert all(panel.value == portapp.plain("", "text") for panel in page.panels.values())
+    page.close()
+
+
+def test_every_token_has_a_label(base: LanguageModel) -> None:
+    assert all(portapp.label(token, base.tokenizer) for token in range(base.vocab_size))
+    assert portapp.label(base.tokenizer.eos_token_id, base.tokenizer) == base.tokenizer.eos_token
+
+
 def test_an_adapter_of_another_base_and_a_port_that_is_taken_are_refused(
     math: Adapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

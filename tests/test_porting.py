@@ -326,7 +326,14 @@ def test_the_likeliest_tokens_are_of_base_expert_and_adapted_base(
 def test_time_is_told_as_a_ratio_to_the_first_choice(port: Port) -> None:
     ratios = porting.overhead(port, "The baker has", {"bare": {}, "math": {"math": 1.0}}, tokens=4, rounds=2)
     assert ratios["bare"] == 1 and ratios["math"] > 0 and port.in_use == {}
-    assert 0 < porting.swap(port, "math", "verse", None) < 1 and port.in_use == {}
+    assert 0 < porting.swap(port, "math", "verse", None) < 0.05 and port.in_use == {}, "some 1 ms; here by far"
+
+
+def test_a_live_expert_is_not_taken_for_the_bare_base(port: Port, experts: dict[str, LanguageModel]) -> None:
+    live = Port(port.base)
+    live.plug("math", experts["math"])
+    with refused("live expert"):
+        porting.told(live, [[("math", "Seven and eight.")]], {"math": {"math": 1.0}})
 
 
 def test_what_can_be_exported_is_told_with_its_size_and_what_cannot_with_its_reason(
