@@ -3,7 +3,6 @@ from .activations import HiddenExpert as HiddenExpert
 from .activations import harvest as harvest
 from .adapter import Adapter as Adapter
 from .adapter import fit as fit
-from .api import ApiExpert as ApiExpert
 from .bridge import Bridge as Bridge
 from .bridge import Bridged as Bridged
 from .errors import ChassisError as ChassisError

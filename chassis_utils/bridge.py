@@ -93,7 +93,7 @@ class Bridge:
         if self.expert.edits:
             raise ChassisError(f"{self.expert.name} has edits, which the passes of a bridge leave out: give it bare")
         #: Bytes of each expert token
-        self.pieces, self._reader = token_bytes(self.expert.tokenizer)[: self.expert.vocab_size], _Reader(self.base)
+        self.pieces, self._reader = token_bytes(self.expert.tokenizer)[: self.expert.vocab_size], Reader(self.base)
         self._end, none = self.expert.tokenizer.eos_token_id, self.base.vocab_size + 1
         if self.stage == "exact":
             spoken = sorted((piece, i) for i, piece in enumerate(self.pieces) if piece)
@@ -203,7 +203,7 @@ class Bridge:
         return codes
 
 
-class _Reader:
+class Reader:
     """How a base's tokenizer reads a text that still grows.
 
     A *state* is the text from the last settled place on and the base tokens that must come first. A *label* is the base

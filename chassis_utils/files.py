@@ -19,13 +19,15 @@ def _writing(path: str | Path) -> Iterator[None]:
     """Say in one line that nothing can be written to a path."""
     try:
         yield
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ChassisError(f"cannot write to {path} ({reason}): choose another folder, or make room") from error
+        raise ChassisError(f"cannot write to {path!s:.200} ({reason}): choose another folder, or make room") from error
 
 
 def replaceable(folder: str | Path, own: Sequence[str]) -> Path:
     """A folder that is not there, or holds no other files than its `own`; else ChassisError, as they would be lost."""
+    if not isinstance(folder, str | Path) or "\0" in str(folder):
+        raise ChassisError(f"{folder!r:.80} is no name of a folder: give one")
     with _writing(folder):
         folder = Path(folder)
         others = sorted({path.name for path in folder.iterdir()} - {*own}) if folder.exists() else []

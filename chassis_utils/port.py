@@ -11,7 +11,7 @@ from functools import wraps
 from numbers import Real
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -21,13 +21,21 @@ from transformers.generation.streamers import BaseStreamer
 
 from .activations import padded
 from .adapter import Adapter
-from .api import ApiExpert
-from .bridge import Bridge
+from .bridge import Bridge, Bridged
 from .errors import ChassisError
 from .models import LanguageModel, Place
 from .router import Router
 
-Live = LanguageModel | Bridge | ApiExpert  #: An expert that runs beside the base and is asked at every token
+
+@runtime_checkable
+class Bridging(Protocol):
+    """A live expert of any other kind, such as one behind an API."""
+
+    def bridged(self, base: LanguageModel, prompts: Sequence[str], progress: bool = True) -> Bridged:
+        """What it says behind each of n prompts, in the base's vocabulary."""
+
+
+Live = LanguageModel | Bridge | Bridging  #: An expert that runs beside the base and is asked at every token
 Plug = Adapter | Live
 TAIL = 8  # tokens that others are decoded behind, when a stop string is looked for: a first space depends on them
 #: Settings of `transformers`' generate that are the port's own, or of which texts come out that it cannot tell apart.
@@ -100,10 +108,10 @@ class Port:
     def plug(self, name: str, plug: Plug | str | Path, strength: float = 1.0) -> None:
         """Plug in an adapter (or the folder or hub id of one), or a live expert, which is asked at every token.
 
-        A live expert is a model with the base's tokenizer, a `Bridge` to such a one, or an `ApiExpert`. It reads the
-        whole text at every token, without a cache: its cost grows with the text. ChassisError for a name that is taken,
-        an adapter made for another base, head or tokenizer, a bridge to another tokenizer, an adapter that reads out
-        another layer in place of the final one, or a strength that is no number of at least zero.
+        A live expert is a model with the base's tokenizer, a `Bridge` to such a one, or one that bridges itself. It
+        reads the whole text at every token, without a cache: its cost grows with the text. ChassisError for a name that
+        is taken, an adapter made for another base, head or tokenizer, a bridge to another tokenizer, an adapter that
+        reads out another layer in place of the final one, or a strength that is no number of at least zero.
         """
         if not isinstance(name, str) or not name or name in self.plugs:
             why = "taken" if isinstance(name, str) and name else "no text, or empty"
@@ -121,7 +129,7 @@ class Port:
             own = plug.base if isinstance(plug, Bridge) else plug
             if own.tokenizer_hash != base.tokenizer_hash and own.tokenizer.get_vocab() != base.tokenizer.get_vocab():
                 raise ChassisError(f"{own.name} and {base.name} differ in tokenizer: plug in Bridge(expert, base)")
-        elif not isinstance(plug, ApiExpert):
+        elif not isinstance(plug, Bridging):
             raise ChassisError(f"a {type(plug).__name__} is no plug: give an adapter, its folder, or a live expert")
         self._strengths[name] = _weight(strength, f"strength of '{name}'")
         self.plugs[name] = plug

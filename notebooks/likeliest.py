@@ -13,8 +13,8 @@ from scipy.special import rel_entr
 
 from bridging import bounds, last_states, logits
 from chassis_utils import LanguageModel, token_bytes
-from chassis_utils.api import Said, placed
 from chassis_utils.tokens import Pieces
+from completions import Said, placed
 from plots import GREY, PALETTE, _buttons, _dropdowns, _finish, _numbers
 from records import Records
 

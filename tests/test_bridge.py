@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from bridging import StringBridge
 from chassis_utils import LanguageModel, load
-from chassis_utils.bridge import Bridge, _Reader, spelled
+from chassis_utils.bridge import Bridge, Reader, spelled
 from chassis_utils.tokens import token_bytes
 
 KINDS = ("sentencepiece", "no pre-tokenizer", "byte-level", "unigram", "whole words", "wordpiece")
@@ -141,7 +141,7 @@ def test_what_is_decided_stays_so_whatever_follows(kind: str, seed: int, data: s
     letters = "abé '\n" if kind == "byte-level" else "abé "
     own = tokenizer(kind, seed)
     base = type("Named", (), {"tokenizer": own, "vocab_size": len(own), "name": kind})
-    reader, heal = _Reader(base), data.draw(st.integers(0, 2))
+    reader, heal = Reader(base), data.draw(st.integers(0, 2))
     prompt, more = (data.draw(st.text(letters, min_size=n, max_size=7)) for n in (1, 0))
     want = written(own, prompt)
     want, text = want[: max(0, len(want) - heal)], prompt.encode()

@@ -196,14 +196,50 @@ def test_what_is_no_map_of_the_head_says_why(activations: Activations, base: Lan
     reads_it_in_words.to_peft(tmp_path / "lora", base)
 
 
-def test_peft_folders_are_replaced_and_nothing_else_is(activations: Activations, tmp_path: Path) -> None:
-    (tmp_path / "thesis").mkdir()
+def test_folders_are_replaced_and_what_else_lies_there_is_not(activations: Activations, tmp_path: Path) -> None:
     adapter = fit(activations, "rrr", 2)
-    with refused("thesis", "choose another"):
-        adapter.to_peft(tmp_path / "thesis", activations.base)
-    for rank in (1, 2):
-        folder = adapter.at_rank(rank).to_peft(tmp_path / "lora", activations.base)
-        assert json.loads((folder / "adapter_config.json").read_text())["r"] == rank
+    ways = {"peft": lambda one, name: one.to_peft(name, activations.base), "own": lambda one, name: one.save(name)}
+    for kind, write in ways.items():
+        for rank in (1, 2):
+            folder = write(adapter.at_rank(rank), tmp_path / kind)
+        told = json.loads((folder / ("adapter_config.json" if kind == "peft" else "adapter.json")).read_text())
+        assert told["r" if kind == "peft" else "rank"] == 2
+        (folder / ".git").mkdir()  # a clone of a hub's repository
+        (folder / "notes.txt").write_text("mine")
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        with refused(".git, notes.txt", "would be lost"):
+            write(adapter, folder)
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        (tmp_path / f"{kind} file").write_text("mine")
+        for odd, words in ((tmp_path / f"{kind} file", "cannot write"), ("a\0b", "no name"), (None, "no name")):
+            with refused(words):
+                write(adapter, odd)
+        with refused("cannot write"):
+            write(adapter, "x" * 5000)
+        assert not list(tmp_path.glob(".*"))
+
+
+def test_what_is_no_adapter_or_base_is_refused_in_a_line(activations: Activations, tmp_path: Path) -> None:
+    adapter = fit(activations, "rrr", 2)
+    folder = adapter.save(tmp_path / "own")
+    for odd in (None, 3, "x" * 5000, "a\0b"):
+        with refused("adapter" if isinstance(odd, str) and len(odd) < 9 else "no name"):
+            Adapter.load(odd)
+    with refused("base is a str", "load it first"):
+        Adapter.load(folder, "pocket-base")
+    with refused("base is a str", "load it first"):
+        adapter.to_peft(tmp_path / "lora", "pocket-base")
+    with refused("figures is a int", "evaluate"):
+        adapter.save(tmp_path / "other", figures=3)
+
+
+def test_a_terminal_is_told_nothing_that_it_obeys(activations: Activations, tmp_path: Path) -> None:
+    """Whatever words a folder holds, at whatever depth, `report` would print them."""
+    adapter = fit(activations, "rrr", 2)
+    for odd in ("\x1b[2J", "a\nb", ["\x1b[2J"], {"a": "\x1b[2J"}, {"a": {"b": "\u202e"}}):
+        replace(adapter, info=adapter.info | {"expert": odd}).save(tmp_path / "odd")
+        with refused("not a readable adapter folder"):
+            Adapter.load(tmp_path / "odd")
 
 
 def test_an_export_to_another_base_is_refused(activations: Activations, expert: LanguageModel, tmp_path: Path) -> None:

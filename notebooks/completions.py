@@ -18,10 +18,9 @@ import numpy as np
 import tenacity
 from tqdm.auto import tqdm
 
-from .bridge import Bridged, _Reader
-from .errors import ChassisError
-from .files import locked
-from .models import LanguageModel
+from chassis_utils import Bridged, ChassisError, LanguageModel
+from chassis_utils.bridge import Reader
+from chassis_utils.files import locked
 
 Said = dict[bytes | None, float]  #: Likeliest next tokens and their probabilities; `None` is the end of the text
 _HINTS = {200: "that has no JSON, no logprobs, or no tokens that decode", 401: "set the right one", 403: "set another"}
@@ -30,7 +29,7 @@ _HINTS |= {400: "shorten the prompt, or ask for fewer logprobs", 404: "check mod
 
 def placed(base: LanguageModel, rows: Sequence[Said], prompts: Sequence[str] | None = None, length: int = 4) -> Bridged:
     """What was said behind n prompts in a base's tokens, by stage C of `Bridge`; what was not said is unplaced."""
-    reader, pieces = _Reader(base), [*dict.fromkeys([None, *(piece for row in rows for piece in row)])]
+    reader, pieces = Reader(base), [*dict.fromkeys([None, *(piece for row in rows for piece in row)])]
     homes = dict(zip(pieces, reader.homes(pieces, 0, "C", length), strict=True))
     mass = np.zeros((len(rows), base.vocab_size + 2))
     for i, piece, p in ((i, *one) for i, row in enumerate(rows) for one in row.items()):
