@@ -64,10 +64,11 @@ def costs(size: str, tokens: int) -> None:
     shares = overhead(port, prompt, {"bare": {}} | {name: {name: 1.0} for name in port.plugs}, tokens)
     own = sum(one.numel() for one in base.model.parameters())
     print(f"{shape}: {own:,} numbers")
-    for name, plug in port.plugs.items():
-        swapped = 1e3 * swap(port, name, None)
+    for name, plug in [*port.plugs.items()]:
+        port.plug(alike := f"{name}, again", plug)
+        swaps = f"{1e3 * swap(port, name, alike):.3f} ms with its like, {1e3 * swap(port, name, None):.3f} with the base"
         numbers = f"{plug.num_parameters:,} ({plug.num_parameters / own:.2%})"
-        print(f"  {name}: {numbers}, {shares[name] - 1:+.1%} a token, a swap {swapped:.3f} ms", flush=True)
+        print(f"  {name}: {numbers}, {shares[name] - 1:+.1%} a token, a swap {swaps}", flush=True)
 
 
 def resident(folder: str) -> tuple[int, int]:
