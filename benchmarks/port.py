@@ -66,9 +66,10 @@ def costs(size: str, tokens: int) -> None:
     print(f"{shape}: {own:,} numbers")
     for name, plug in [*port.plugs.items()]:
         port.plug(alike := f"{name}, again", plug)
-        swaps = f"{1e3 * swap(port, name, alike):.3f} ms with its like, {1e3 * swap(port, name, None):.3f} with the base"
+        like, bare = (f"{1e3 * swap(port, name, other):.3f} ms" for other in (alike, None))
         numbers = f"{plug.num_parameters:,} ({plug.num_parameters / own:.2%})"
-        print(f"  {name}: {numbers}, {shares[name] - 1:+.1%} a token, a swap {swaps}", flush=True)
+        swaps = f"a swap with its like {like}, with the base {bare}"
+        print(f"  {name}: {numbers}, {shares[name] - 1:+.1%} a token, {swaps}", flush=True)
 
 
 def resident(folder: str) -> tuple[int, int]:

@@ -142,7 +142,8 @@ class Adapter(Exchange):
         with replacing(folder) as temporary:
             temporary.mkdir(parents=True)
             save_file(tensors, temporary / "adapter.safetensors")
-            text = json.dumps({"format": FORMAT} | plain, indent=1, allow_nan=False)
+            with refusing("this adapter's settings cannot be written", "keep info to short words and finite numbers"):
+                text = json.dumps({"format": FORMAT} | plain, indent=1, allow_nan=False)
             (temporary / "adapter.json").write_text(text + "\n")
             (temporary / "README.md").write_text(told, encoding="utf-8")
         return folder
@@ -204,12 +205,13 @@ class Adapter(Exchange):
     def _checked(self, wrong: str) -> Adapter:
         (p, rank), (rows, m), columns, features = self.down.shape, self.up.shape, self.columns, self.features
         good = rank == rows and self.bias.shape == (m,) and self.onto in ONTO and self.space in ("logits", "hidden")
-        good = good and (columns is None or columns.shape == (m,)) and isinstance(self.layer, int) and self.layer >= 0
+        good = good and (columns is None or columns.shape == (m,)) and type(self.layer) is int and self.layer >= 0
         # No map needs more factors; random features are drawn, as many as a file says: no more than it has numbers for.
         good = good and rank <= p + 1 and (features is None or features.random < min(p, p * rank + 1))
         if good and not self.down.is_meta:
             numbers = [t for t in (self.down, self.up, self.bias, self.values) if t is not None]
-            good = all(torch.isfinite(t).all() for t in numbers) and (columns is None or bool((columns >= 0).all()))
+            good = all(torch.isfinite(t).all() for t in numbers)
+            good = good and (columns is None or (bool((columns >= 0).all()) and len(columns.unique()) == m))
         if not good:
             raise ChassisError(wrong)
         return self

@@ -23,6 +23,7 @@ from .activations import padded
 from .adapter import Adapter
 from .bridge import Bridge, Bridged
 from .errors import ChassisError
+from .exchange import refusing
 from .models import LanguageModel, Place
 from .router import Router
 
@@ -40,9 +41,11 @@ Plug = Adapter | Live
 TAIL = 8  # tokens that others are decoded behind, when a stop string is looked for: a first space depends on them
 #: Settings of `transformers`' generate that are the port's own, or of which texts come out that it cannot tell apart.
 OWN = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "streamer", "stopping_criteria", "max_length"}
-OWN |= {"num_return_sequences", "return_dict_in_generate", "generation_config"}
+OWN |= {"num_return_sequences", "return_dict_in_generate", "generation_config", "custom_generate", "past_key_values"}
+OWN |= {"assistant_model", "eta_cutoff"}
 _WARPERS = {"temperature": warpers.TemperatureLogitsWarper, "top_k": warpers.TopKLogitsWarper}
 _WARPERS |= {"top_p": warpers.TopPLogitsWarper, "min_p": warpers.MinPLogitsWarper}
+_WARPERS |= {"typical_p": warpers.TypicalLogitsWarper, "epsilon_cutoff": warpers.EpsilonLogitsWarper}
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,11 @@ class Port:
 
     `model` is the base as `transformers` knows it, with the adapters in use at work in every pass: its own `generate`,
     streamers and pipelines do as ever, in one thread at a time. It shares every weight with the base, whose own passes
-    stay bare. What is in use adds up: the logits are the base's, plus for each plug `weight * strength * (what it says
-    - what the base says)`. Of an adapter that is its correction (with edits on the way, the edits are weighted); of a
-    live expert the difference of log probabilities, what a bridge could not place being left to the base. Live experts
-    are heard in `generate` (of the port or its `model`) and `probabilities`; a call of `model` itself has no text.
+    stay bare; what moves or trains the one does so to the other. What is in use adds up: the logits are the base's,
+    plus for each plug `weight * strength * (what it says - what the base says)`. Of an adapter that is its correction
+    (with edits on the way, the edits are weighted); of a live expert the difference of log probabilities, what a bridge
+    could not place being left to the base. Live experts are heard in `generate` (of the port or its `model`, after
+    penalties for repetition) and `probabilities`; a call of `model` itself has no text.
     """
 
     def __init__(self, base: LanguageModel, router: Router | None = None) -> None:
@@ -95,6 +99,8 @@ class Port:
 
         @wraps(own_forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if isinstance(kwargs.get("logits_to_keep"), torch.Tensor):
+                raise ChassisError("logits_to_keep picks positions, which adapters cannot follow: give a number")
             with self._passing:  # what hooks note in a pass is of that pass
                 return own_forward(*args, **kwargs)
 
@@ -113,8 +119,8 @@ class Port:
         is taken, an adapter made for another base, head or tokenizer, a bridge to another tokenizer, an adapter that
         reads out another layer in place of the final one, or a strength that is no number of at least zero.
         """
-        if not isinstance(name, str) or not name or name in self.plugs:
-            why = "taken" if isinstance(name, str) and name else "no text, or empty"
+        if not isinstance(name, str) or not name or not name.isprintable() or name in self.plugs:
+            why = "taken" if isinstance(name, str) and name in self.plugs else "no text, or empty"
             raise ChassisError(f"the name {name!r:.80} is {why}: unplug it, or choose another")
         base = self.base
         if isinstance(plug, str | Path):
@@ -125,11 +131,17 @@ class Port:
             if plug.onto != "final" and (plug.onto not in ("layer", "normed") or plug.layer != base.num_layers):
                 why = f"it is added to '{plug.onto}' of layer {plug.layer}, in place of the base's final state"
                 raise ChassisError(f"'{name}' cannot be plugged in, {why}: fit it at layer -1")
+            if any(edit.changes == base.num_layers for edit in plug.edits):
+                raise ChassisError(f"'{name}' edits the final layer, which the head reads: add that to its own map")
+            with refusing(f"'{name}' cannot be plugged in, a pass with it fails", "fit it for this base"):
+                token, wanted = torch.zeros(1, 1, dtype=torch.long), [*{*plug.reads, base.num_layers}]
+                found = base.edited(*plug.edits).states(token, torch.ones_like(token), wanted)
+                plug.logits(base, {place: state[0] for place, state in found.items()})
         elif isinstance(plug, LanguageModel | Bridge):
             own = plug.base if isinstance(plug, Bridge) else plug
             if own.tokenizer_hash != base.tokenizer_hash and own.tokenizer.get_vocab() != base.tokenizer.get_vocab():
                 raise ChassisError(f"{own.name} and {base.name} differ in tokenizer: plug in Bridge(expert, base)")
-        elif not isinstance(plug, Bridging):
+        elif not isinstance(plug, Bridging) or isinstance(plug, type):
             raise ChassisError(f"a {type(plug).__name__} is no plug: give an adapter, its folder, or a live expert")
         self._strengths[name] = _weight(strength, f"strength of '{name}'")
         self.plugs[name] = plug
@@ -176,7 +188,7 @@ class Port:
         return choice
 
     def _known(self, name: str) -> str:
-        if name not in self.plugs:
+        if not isinstance(name, str) or name not in self.plugs:
             raise ChassisError(f"'{name}' is not plugged in: choose from {', '.join(self.plugs) or 'none, plug one'}")
         return name
 
@@ -231,21 +243,23 @@ class Port:
             self._hooks.enter_context(head.register_forward_pre_hook(before))
             self._hooks.enter_context(head.register_forward_hook(after))
 
-    def _generate(self, *args: Any, **settings: Any) -> Any:
+    def _generate(
+        self, inputs: Any = None, generation_config: Any = None, logits_processor: Any = None,
+        *args: Any, **settings: Any,
+    ) -> Any:  # fmt: skip
         """`transformers`' own generate, with what live experts say."""
         with self._idle():
             if live := self._active(Live):
                 mask = settings.get("attention_mask")
                 starts = [0] if mask is None else (mask.shape[1] - mask.sum(1)).tolist()
-                others = settings.get("logits_processor") or []
-                settings["logits_processor"] = LogitsProcessorList([_Live(self.base, live, starts), *others])
-            return self._own_generate(*args, **settings)
+                logits_processor = LogitsProcessorList([_Live(self.base, live, starts), *(logits_processor or [])])
+            return self._own_generate(inputs, generation_config, logits_processor, *args, **settings)
 
     def probabilities(self, prompts: Sequence[str]) -> torch.Tensor:
         """What is said next behind each of n prompts with what is in use, `(n, vocab)`; ChassisError as `generate`."""
-        if isinstance(prompts, str) or not (rows := [self.base.prompt_ids(prompt) for prompt in prompts]):
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
             raise ChassisError("give a list of prompts, one or more")
-        ids, mask = padded(rows)
+        ids, mask = padded([self.base.prompt_ids(prompt) for prompt in prompts])
         ids, ends = ids.to(self.base.device), mask.sum(1) - 1
         with self._idle(), torch.inference_mode():
             logits = self.model(input_ids=ids, attention_mask=mask.to(ids.device), use_cache=False).logits
@@ -300,14 +314,18 @@ class Port:
         own = {"attention_mask": mask, "stopping_criteria": ends, "max_new_tokens": limit, "streamer": pieces}
         rest = {name: value for name, value in settings.items() if name not in (*_WARPERS, "do_sample")}
         try:
-            draw = [warp(settings[name]) for name, warp in _WARPERS.items() if settings.get(name)]
-            if settings.get("do_sample", bool(draw)):
+            cold = settings.get("temperature") == 0  # the limit of drawing
+            wanted = {} if cold else {name: warp for name, warp in _WARPERS.items() if settings.get(name) is not None}
+            if any(settings[name] != settings[name] for name in wanted):
+                raise ValueError("NaN")
+            draw = [warp(settings[name]) for name, warp in wanted.items()]
+            if settings.get("do_sample", bool(draw)) and not cold:
                 if settings.get("num_beams", 1) > 1:
                     raise ValueError("beams do not draw")
                 draw.append(_Draw(torch.Generator(ids.device).manual_seed(seed)))
                 rest["logits_processor"] = [*(rest.get("logits_processor") or ()), *draw]
             return self.model.generate(ids, **own, **rest)[:, ids.shape[1] :].tolist()
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, ImportError) as error:
             why = " ".join(str(error).split())[:200]
             raise ChassisError(f"transformers refuses these settings ({why}): see its GenerationConfig") from error
 
@@ -331,7 +349,8 @@ class Port:
                 yield piece
         finally:
             pieces.left = True
-            thread.join()
+            if thread is not threading.current_thread():  # which may be where a forgotten stream is collected
+                thread.join()
 
     def report(self) -> pd.DataFrame:
         """What is plugged in, one row each, the bare base first; `held_out_kl` is in nats, as the fit measured it."""
@@ -343,7 +362,8 @@ class Port:
                 row |= {"parameters": plug.num_parameters} | {k: plug.info.get(k) for k in ("expert", "held_out_kl")}
             else:
                 own = getattr(plug, "expert", plug)  # of a bridge; an API has the name of its model
-                row |= {"kind": "live", "method": type(plug).__name__, "expert": getattr(own, "name", own.model)}
+                named = getattr(own, "name", getattr(own, "model", None))
+                row |= {"kind": "live", "method": type(plug).__name__, "expert": named and str(named)}
             rows.append(row)
         return pd.DataFrame(rows)
 
@@ -371,15 +391,26 @@ class _Live(LogitsProcessor):
                 if not (asked := [i for i in asked if not texts[i].endswith("\ufffd")]):
                     continue
                 given = [texts[i] for i in asked]
-                found = plug(None, given) if isinstance(plug, Bridge) else plug.bridged(base, given, progress=False)
-                told = (found.probabilities + found.unplaced[:, None] * own[asked].cpu()).to(own)
+                told = _bridged(plug, base, given).to(own)
+                told = told[:, :-2] + told[:, -2:].sum(1, keepdim=True) * own[asked]
             change = told.clamp(min=1e-30).log() - own[asked].clamp(min=1e-30).log()
             scores[asked, : base.vocab_size] += (one.weight * change).to(scores)
         return scores.log_softmax(-1)  # beams add up what is normalised
 
 
+def _bridged(plug: Bridge | Bridging, base: LanguageModel, texts: list[str]) -> torch.Tensor:
+    """What a bridge tells behind each text, `(n, vocab + 2)`; ChassisError for whatever goes wrong there."""
+    with refusing(f"a live expert, {type(plug).__name__}, failed", "mend it, or unplug it"):
+        mass = (plug(None, texts) if isinstance(plug, Bridge) else plug.bridged(base, texts, progress=False)).mass
+        if mass.shape != (len(texts), base.vocab_size + 2) or not bool(((mass >= 0) & (mass <= 1 + 1e-6)).all()):
+            raise ChassisError(f"{tuple(mass.shape)} numbers that are no probabilities (n, vocab + 2)")
+    return mass
+
+
 def _last(model: LanguageModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """What a model says behind each padded row, `(n, vocab)`, float64."""
+    if ids.shape[1] > model.context:
+        raise ChassisError(f"the text has {ids.shape[1]} tokens, {model.name} takes {model.context}: shorten it")
     state = model.states(ids, mask)[model.num_layers][range(len(ids)), mask.sum(1) - 1]
     return model.readout(state).double().softmax(-1)
 

@@ -55,8 +55,11 @@ def serve(base: str, plugs: Sequence[tuple[str, str]], number: int = 0, browser:
     ChassisError, before anything is served: the base or an adapter's folder cannot be loaded or do not fit, a name
     twice, or the port is taken.
     """
-    folders = {name: str(Path(folder).resolve()) if Path(folder).exists() else folder for name, folder in plugs}
-    base = str(Path(base).resolve()) if Path(base).is_dir() else base
+    try:
+        folders = {name: str(Path(folder).resolve()) if Path(folder).exists() else folder for name, folder in plugs}
+        base = str(Path(base).resolve()) if Path(base).is_dir() else base
+    except OSError as error:
+        raise ChassisError(f"a base or plug is no name of a folder ({error.strerror}): give another") from None
     if len(folders) < len(plugs):
         raise ChassisError("two plugs have one name: give each its own")
     if reserved := {BARE, ADAPTED} & {*folders}:

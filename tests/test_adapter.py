@@ -270,7 +270,7 @@ def test_a_folder_that_is_no_adapter_is_never_overwritten(activations: Activatio
 
 def test_what_cannot_be_written_leaves_nothing_behind(activations: Activations, saved: Path) -> None:
     odd = replace(fit(activations, "rrr", rank=3), info={"when": object()})
-    with pytest.raises(Exception, match="object"):
+    with refused("settings cannot be written"):
         odd.save(saved)
     assert [p.name for p in saved.parent.iterdir()] == ["adapter"] and Adapter.load(saved).rank == 2
 
@@ -548,9 +548,10 @@ def test_a_folder_may_be_a_link(saved: Path, base: LanguageModel) -> None:
 
 
 def test_nothing_that_is_not_finite_is_written(activations: Activations, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        replace(fit(activations, "rrr", 2), info={"lam": float("nan")}).save(tmp_path / "a")
-    assert not list(tmp_path.iterdir())
+    for odd in (float("nan"), {1, 2}):
+        with refused("settings cannot be written", "finite numbers"):
+            replace(fit(activations, "rrr", 2), info={"lam": odd}).save(tmp_path / "a")
+        assert not list(tmp_path.iterdir())
 
 
 def test_another_format_is_refused(saved: Path) -> None:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from chassis_utils import (
     Adapter,
     Bridge,
+    Bridged,
     ChassisError,
     Features,
     LanguageModel,
@@ -164,13 +165,12 @@ def test_what_is_in_use_adds_up(port: Port, adapters: dict[str, Adapter]) -> Non
         torch.testing.assert_close(port.model(input_ids=ids).logits[0], both, atol=2e-4, rtol=1e-4)
 
 
-def test_weights_lead_from_the_base_to_the_expert(port: Port) -> None:
-    told = []
+def test_weights_lead_from_the_base_to_the_expert(port: Port, adapters: dict[str, Adapter]) -> None:
+    wanted, told = said(port.base, adapters["math"], PROMPTS[0])[-1].softmax(-1), []
     for weight in (0.0, 0.5, 1.0):
         port.use({"math": weight} if weight else None)
-        told.append(port.probabilities(PROMPTS[:1])[0])
-    apart = [float((one - told[-1]).abs().sum()) for one in told]
-    assert apart[0] > apart[1] > apart[2] == 0
+        told.append(float((port.probabilities(PROMPTS[:1])[0] - wanted).abs().sum()))
+    assert told[0] > told[1] > 0.01 > 1e-4 > told[2]
 
 
 def test_a_live_expert_alone_says_what_it_says(pocket: dict[str, LanguageModel]) -> None:
@@ -181,18 +181,69 @@ def test_a_live_expert_alone_says_what_it_says(pocket: dict[str, LanguageModel])
     assert port.generate(PROMPTS, max_new_tokens=8) == wanted
     for row, prompt in zip(port.probabilities(PROMPTS), PROMPTS, strict=True):
         torch.testing.assert_close(row, said(pocket["math"], None, prompt)[-1].softmax(-1), atol=1e-5, rtol=1e-3)
+    own, other = (said(pocket[name], None, PROMPTS[0])[-1].log_softmax(-1) for name in ("base", "math"))
+    port.strength("live", 0.5)
+    for choice, weight in (({"live": 1.0}, 0.5), ({"live": 3.0}, 1.5)):
+        port.use(choice)
+        mixed = (own + weight * (other - own)).softmax(-1)
+        torch.testing.assert_close(port.probabilities(PROMPTS[:1])[0], mixed, atol=1e-5, rtol=1e-3)
 
 
 def test_an_expert_of_another_tokenizer_speaks_through_its_bridge(pocket: dict[str, LanguageModel]) -> None:
-    port, bridge, prompt = Port(pocket["base"]), Bridge(pocket["phi"], pocket["base"], "C"), "Tom has 12 apples and"
+    base, bridge, prompt = pocket["base"], Bridge(pocket["phi"], pocket["base"], "C"), "Tom has 12 apples and"
+    port, text = Port(base), prompt
     port.plug("phi", bridge)
     bare = port.probabilities([prompt])[0]
     port.use("phi")
     told, found = port.probabilities([prompt])[0], bridge(None, [prompt])
     torch.testing.assert_close(told, (found.probabilities[0] + found.unplaced[0] * bare).float(), atol=1e-5, rtol=1e-3)
-    assert port.generate(prompt, max_new_tokens=3)
+    for _ in range(12):  # greedy, each token asked for anew, and told in text
+        text += port.generate(text, max_new_tokens=1)
+        assert text.startswith(prompt)
+    assert port.generate(prompt, max_new_tokens=12) == text[len(prompt) :] != ""
     with refused("differ in tokenizer", "Bridge"):
         port.plug("bare phi", pocket["phi"])
+
+
+class Own:
+    """A live expert of one's own: sure of one token, whatever the text."""
+
+    def __init__(self, token: int, odd: object = None) -> None:
+        self.token, self.odd = token, odd
+
+    def bridged(self, base: LanguageModel, prompts: list[str], progress: bool = True) -> Bridged:
+        if isinstance(self.odd, Exception):
+            raise self.odd
+        mass = torch.zeros(len(prompts), base.vocab_size + 2, dtype=torch.float64)
+        mass[:, self.token] = 1.0 if self.odd is None else self.odd
+        return Bridged(mass, torch.zeros(len(prompts)), torch.zeros(len(prompts)))
+
+
+def test_an_expert_of_ones_own_is_heard_if_it_bridges_itself(pocket: dict[str, LanguageModel]) -> None:
+    port, token = Port(pocket["base"]), pocket["base"].prompt_ids("The apples")[-1]
+    port.plug("own", Own(token))
+    said = port.generate("The", max_new_tokens=3, logits_processor=[Only(token)])
+    port.use("own")
+    assert port.generate("The", max_new_tokens=3) == said != ""
+    assert port.report().set_index("plug").loc["own", "method"] == "Own"
+    for odd, words in ((math.nan, "no probabilities"), (-1.0, "no probabilities"), (ValueError("down"), "ValueError")):
+        port.plug(words + str(odd), Own(token, odd))
+        port.use(words + str(odd))
+        for call in (lambda: port.generate("The", max_new_tokens=2), lambda: port.probabilities(["The"])):
+            with refused("a live expert, Own, failed", words):
+                call()
+    with refused("is no plug"):
+        port.plug("class", Own)
+
+
+def test_a_live_model_of_a_short_context_says_so(pocket: dict[str, LanguageModel], tmp_path: Path) -> None:
+    port = Port(pocket["base"])
+    short = load("pocket-math", device="cpu")
+    short.context = 12
+    port.plug("short", short)
+    port.use("short")
+    with refused("pocket-math takes 12"):
+        port.generate("The", max_new_tokens=20)
 
 
 def test_a_text_ends_before_a_stop_string(port: Port) -> None:
@@ -202,6 +253,47 @@ def test_a_text_ends_before_a_stop_string(port: Port) -> None:
         cut = whole[: whole.index(stop)]
         assert port.generate(PROMPTS[0], max_new_tokens=40, stop=stop) == cut
         assert "".join(port.generate(PROMPTS[0], max_new_tokens=40, stop=[stop, "§"], stream=True)) == cut
+
+
+class Counted(tf.LogitsProcessor):
+    """Counts the tokens that are asked for."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.asked += 1
+        return scores
+
+
+def test_no_token_is_written_behind_a_stop_string(port: Port) -> None:
+    port.use("math")
+    whole = port.generate(PROMPTS[0], max_new_tokens=40)
+    ids = greedy_ids(port.base, port.plugs["math"], PROMPTS[0], 40)
+    for stop in (whole[10:12], whole[17:23]):
+        needed = next(n for n in range(1, 41) if stop in port.base.tokenizer.decode(ids[:n]))
+        count = Counted()
+        port.generate(PROMPTS[0], max_new_tokens=40, stop=stop, logits_processor=[count])
+        assert count.asked == needed < 40
+
+
+@pytest.mark.parametrize(
+    ("setting", "kept"),
+    [({"top_k": 3}, 3), ({"top_p": 0.3}, None), ({"min_p": 0.5}, None), ({"epsilon_cutoff": 0.05}, None)],
+)
+def test_nothing_is_drawn_that_a_setting_leaves_out(port: Port, setting: dict, kept: int | None) -> None:
+    """Of a hundred draws, with what each setting is defined to keep."""
+    p = port.probabilities(["The"])[0].sort(descending=True)
+    (name, value), before = next(iter(setting.items())), p.values.cumsum(0) - p.values
+    kept = kept or int({"top_p": before < value, "min_p": p.values >= value * p.values[0],
+                        "epsilon_cutoff": p.values >= value}[name].sum())  # fmt: skip
+    one = {"max_new_tokens": 1}
+    allowed = {port.generate("The", logits_processor=[Only(int(i))], **one) for i in p.indices[:kept]}
+    drawn = {*port.generate(["The"] * 100, **setting, **one)}
+    assert drawn <= allowed and len(drawn) > 1
+    assert not {*port.generate(["The"] * 100, temperature=1.0, **one)} <= allowed, "without it, others are drawn"
+    cold = port.generate("The", max_new_tokens=4, temperature=0.0, do_sample=True)
+    assert cold == port.generate("The", max_new_tokens=4)
 
 
 def test_characters_of_several_tokens_stream_whole_and_stop(pocket: dict[str, LanguageModel]) -> None:
@@ -367,7 +459,18 @@ def test_wrong_plugs_are_refused(
             port.use(choice)
     with refused("a map of sizes"):
         port.plug("narrow", replace(adapters["rrr"], up=adapters["rrr"].up[:, :-1], bias=adapters["rrr"].bias[:-1]))
-    for prompts in ("The", []):
+    first, *rest = adapters["math"].edits
+    with refused("edits the final layer"):
+        port.plug("late", replace(adapters["math"], edits=(*rest, replace(first, layer=port.base.num_layers))))
+    with refused("a pass with it fails"):
+        port.plug("early", replace(adapters["math"], edits=(replace(rest[-2], layer=1),)))
+    for odd in ([], None, "gone"):
+        with refused("is not plugged in"):
+            port.unplug(odd)
+    ids = torch.tensor([port.base.tokenizer(PROMPTS[0])["input_ids"]])
+    with refused("logits_to_keep"):
+        port.model(input_ids=ids, logits_to_keep=torch.tensor([1, 2]))
+    for prompts in ("The", [], None):
         with refused("a list of prompts"):
             port.probabilities(prompts)
     port.router = Router.fit(port.base, {"math": probe_set("math-text", n=4)})
@@ -520,6 +623,9 @@ def test_a_live_model_is_heard_inside_a_character_too(pocket: dict[str, Language
         ("The", {"return_dict_in_generate": True}, "the port's to set"),
         ("The", {"num_return_sequences": 2, "temperature": 1.0}, "the port's to set"),
         ("The", {"temperature": -1.0}, "transformers refuses"),
+        ("The", {"top_p": math.nan}, "transformers refuses"),
+        ("The", {"num_beams": 0}, "transformers refuses"),
+        ("The", {"custom_generate": "nobody/nothing"}, "the port's to set"),
         ("The", {"top_p": "much"}, "transformers refuses"),
         ("The", {"num_beams": 2, "temperature": 1.0}, "beams do not draw"),
         ("word " * 600, {}, "shorten it"),
