@@ -7,7 +7,7 @@ import ctypes
 import pstats
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from chassis_utils import metrics
 from chassis_utils.statistics import KEPT
-from costs import BATCH, KINDS, Rates, Shape, Work, shape
+from costs import BATCH, KINDS, Rates, Shape, shape
 
 ROWS = 1024  # of the matrices multiplied
 LENGTH = 100  # tokens of a prompt, in passes of as many as `gather` takes at once
@@ -39,8 +39,9 @@ def one_thread() -> Iterator[None]:
 def keep() -> bool:
     """Tell glibc to keep what this process frees instead of giving it back; False where there is no glibc.
 
-    Pages asked for anew are filled with zeros first: that costs as much as the work done on them, and whether it happens
-    depends on all that was freed before. `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` do the same from outside.
+    Pages asked for anew are filled with zeros first: that costs as much as the work done on them, and whether it
+    happens depends on all that was freed before. `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` do the same from
+    outside.
     """
     try:
         told = ctypes.CDLL(None).mallopt

@@ -140,15 +140,15 @@ def _counted(name: str, config: PretrainedConfig, source: str) -> Shape:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         heads, attention = config.num_attention_heads, _attention(config)
-        blocks = next(
-            m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers
-        )
+        blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers)
         if any(count < 1 for count in (heads, attention, len(blocks), config.vocab_size)):
             raise ValueError("a size below 1")
         inputs = _inputs(model, blocks)
     except (AttributeError, ValueError, TypeError, RuntimeError, StopIteration, ZeroDivisionError) as error:
         why = " ".join(str(error).split())[:120] or type(error).__name__
-        raise ChassisError(f"{name}: its blocks cannot be counted ({why}): give a causal transformer's config") from error
+        raise ChassisError(
+            f"{name}: its blocks cannot be counted ({why}): give a causal transformer's config"
+        ) from error
     share = (getattr(config, "num_experts_per_tok", None) or 0) / max(1, _experts(config))
     found = []
     for block, width in zip(blocks, inputs, strict=True):
@@ -203,7 +203,7 @@ def _inputs(model: nn.Module, blocks: nn.ModuleList) -> list[int]:
 KINDS = {
     "forward": "FLOPs of passes", "readout": "FLOPs of products with a head", "product": "FLOPs of products",
     "cholesky": "FLOPs of Cholesky factors and their solves", "eigen": "cubes of the sizes of eigenproblems",
-    "compare": "logits compared", "test": "numbers looked through for NaN", "turn": "numbers turned from columns to rows",
+    "compare": "logits compared", "test": "numbers looked through for NaN", "turn": "numbers turned to rows",
     "stream": "bytes read and written",
 }  # fmt: skip
 
@@ -238,7 +238,7 @@ def stages(
     """Everything between prompts and an adapter, for so many tokens; passes also see `padding` times as many.
 
     `final layer` is `gather` of the final states and `fit` on what it returns; `v2` is `fit` with edits of all blocks,
-    for an expert of the base's own shape. ChassisError: another family, an expert that no edit leads to, too few tokens.
+    for an expert of the base's own shape. ChassisError: another family, an expert no edit leads to, too few tokens.
     """
     if not isinstance(tokens, int | float) or not 2 <= tokens < math.inf or tokens % 1 or not 1 <= length <= tokens:
         raise ChassisError(f"{tokens} tokens in prompts of {length}: give two whole prompts or more")
@@ -353,7 +353,8 @@ def _read_out(base: Shape, expert: Shape, choices: Sequence[int], best: int, tok
 
 
 def sizes(
-    base: Shape, expert: Shape, tokens: int, rank: int, family: str = "final layer", width: int = 4, length: int = LENGTH
+    base: Shape, expert: Shape, tokens: int, rank: int, family: str = "final layer", width: int = 4,
+    length: int = LENGTH,
 ) -> dict[str, float]:  # fmt: skip
     """Bytes: weights (at `width` a number), sums, what a fit needs at its peak, shards, the adapter.
 
@@ -494,8 +495,8 @@ def bill(
 ) -> Bill:  # fmt: skip
     """Seconds of every stage at these rates, and money at a rate a device and hour, which is the reader's to give.
 
-    With a `device`, as many of it count as hold both models' weights in bfloat16 and a tenth more; hours are then of one
-    device that does it all, so that work that is spread over them without loss takes hours / devices.
+    With a `device`, as many of it count as hold both models' weights in bfloat16 and a tenth more; hours are of one
+    device that does it all: spread over several without loss, it takes hours / devices.
     """
     if not 0 <= rate < math.inf:
         raise ChassisError(f"rate {rate}: give the money that a device costs an hour, zero or more")

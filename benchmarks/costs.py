@@ -1,0 +1,195 @@
+"""What the model of cost (`notebooks/costs.py`) is calibrated with and checked against; see `README.md`.
+
+python benchmarks/costs.py [--parts rates checks curve shards] [--tokens 2048]
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import reduce
+from operator import add
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from bench import alone, keep, setting
+from safetensors.torch import load_file, save_file
+from scale import TINYLLAMA, random_model, turned, words
+from tqdm.auto import tqdm
+
+from calibration import calibrated, one_thread, spent
+from chassis_utils import ChassisError, Features, fit, gather, harvest, load, probe_set
+from chassis_utils.activations import batched, tokenize
+from chassis_utils.solve import Gram
+from costs import Rates, shape, stages
+from curves import curve, doublings, losses
+from ownwords import written
+
+RESULTS = Path(__file__).parents[1] / "notebooks" / "costs.json"
+PARTS = ("rates", "checks", "curve", "shards")
+SIZES = (128, 256, 512, 768, 1024)  # of the rates; no check is of these
+CURVES = {"pocket-math": "math-text", "pocket-shakespeare": "verse"}  # expert -> held-out text
+CHUNK, SUBSETS = 8, 4  # passages gathered at once; orders in which they are added up
+
+
+def load_now() -> list[float]:
+    """Processes that ran or waited, means over 1, 5 and 15 minutes: who reads a time should know."""
+    return [round(one, 2) for one in os.getloadavg()]
+
+
+def rates() -> dict[str, Any]:
+    """Rates of this machine at `SIZES`, the median of three rounds."""
+    rounds = [calibrated(SIZES, 0.3).measured for _ in tqdm(range(3), desc="rounds")]
+    return {
+        kind: [[size, statistics.median(one[kind][i][1] for one in rounds)] for i, (size, _) in enumerate(rows)]
+        for kind, rows in rounds[0].items()
+    }
+
+
+def padding(base: Any, probes: Any) -> tuple[int, float, float]:
+    """Tokens, padded tokens over these, and the mean length that a padded token's prompt has."""
+    ids = tokenize(base, probes)[0]
+    batches = [tokens for _, tokens, _ in batched(ids, 4096)]
+    tokens, padded = sum(map(len, ids)), sum(one.numel() for one in batches)
+    return tokens, padded / tokens, sum(one.numel() * one.shape[1] for one in batches) / padded
+
+
+def tinyllama(tokens: int, rounds: int) -> dict[str, Any]:
+    """Seconds of every stage of the final-layer family at TinyLlama's own dimensions, all 22 blocks."""
+    torch.set_num_threads(1)
+    base = random_model(TINYLLAMA)
+    expert, train = turned(base), words(TINYLLAMA, tokens, 5)
+    several = [
+        spent(lambda: fit(gather(base, expert, train, Features((base.num_layers,)), progress=False)))
+        for _ in tqdm(range(rounds), desc="rounds")
+    ]
+    many, padded, length = padding(base, train)
+    about = {"tokens": many, "padding": padded, "length": length, "rounds": rounds, "load": load_now()}
+    return about | {"seconds": {name: [one[name] for one in several] for name in several[0]}}
+
+
+def curves(passages: int) -> list[dict[str, Any]]:
+    """KL on validation text by tokens fitted, for both experts and two sets of features; test text once, at the end."""
+    torch.set_num_threads(1)
+    base, found = load("pocket-base", device="cpu"), []
+    final = base.num_layers
+    families = {"final layer": Features((final,)), "last block": Features((final, final - 1, f"block {final - 1}"))}
+    for name, text in CURVES.items():
+        expert = load(name, device="cpu")
+        pool = written(expert, passages)
+        for family, features in families.items():
+            places = [*features.places]
+            held = {
+                split: harvest(base, expert, probe_set(text, split), "all", places, progress=False)
+                for split in ("val", "test")
+            }
+            sizes, rows = doublings(1, passages // CHUNK // 2), []
+            bar = tqdm(
+                curve(base, expert, pool, features, CHUNK, sizes, SUBSETS), name, len(sizes) * SUBSETS, leave=False
+            )
+            last = None
+            for subset, size, tokens, adapter in bar:
+                sums, many = losses(adapter, held["val"])
+                kept = [float(f"{value:.6g}") for value in sums.tolist()]
+                rows.append({"subset": subset, "chunks": size, "tokens": tokens, "kl_sums": kept})
+                last = adapter if (subset, size) == (0, sizes[-1]) else last
+            bare, many = losses(None, held["val"])
+            told = {"expert": name, "family": family, "features": sum(features.sizes(base)), "probes": text}
+            told |= {"rows": many.tolist(), "bare": bare.tolist(), "points": rows}
+            (sums, many), (bare, _) = (losses(one, held["test"]) for one in (last, None))
+            told["test"] = {"kl_sums": sums.tolist(), "rows": many.tolist(), "bare": bare.tolist()}
+            found.append(told)
+    return found
+
+
+def timed(call: Callable[[], object], times: int) -> list[float]:
+    """Seconds by the clock of so many calls, after a first."""
+    call()
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def shards(times: int) -> dict[str, Any]:
+    """What a worker does: gather one shard of pocket text; write, read and add sums of TinyLlama's size; submit."""
+    try:
+        from distributed import Client, LocalCluster
+    except ImportError:
+        raise ChassisError(
+            "distributed is missing: pip install the extra 'cluster', or leave out the part shards"
+        ) from None
+    base, expert = load("pocket-base", device="cpu"), load("pocket-math", device="cpu")
+    text = probe_set("math-text", n=32)
+    found: dict[str, Any] = {"tokens": padding(base, text)[0], "load": load_now()}
+    p, q = TINYLLAMA.hidden, 2 * TINYLLAMA.hidden
+    sums, other = (Gram.zeros(p, q) for _ in range(2))
+    with one_thread(), TemporaryDirectory() as folder:
+        features, path = Features((base.num_layers,)), Path(folder, "sums.safetensors")
+        found["gather"] = timed(lambda: gather(base, expert, text, features, progress=False), times)
+        parts = {name: getattr(sums, name) for name in ("x", "y", "xx", "xy")}
+        found["bytes"] = sum(part.nbytes for part in parts.values())
+        found["write"] = timed(lambda: save_file(parts, path), times)
+        found["read"] = timed(lambda: [part.sum() for part in load_file(path).values()], times)
+        found["add"] = timed(lambda: reduce(add, (sums, other)), times)
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
+        client.gather(client.map(abs, range(10)))
+        many, start = 1000, time.perf_counter()
+        client.gather(client.map(abs, range(-many, 0), pure=False))
+        found["submit"] = (time.perf_counter() - start) / many
+    return found
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print what is kept; predictions are by the rates that are kept with it."""
+    if not {"rates", "checks"} <= figures.keys():
+        return
+    check, one = figures["checks"], shape("TinyLlama 1.1B")
+    speed, predicted = Rates("kept", figures["rates"]), {}
+    for stage in stages(one, one, check["tokens"], "final layer", check["length"], check["padding"]):
+        name = stage.name.split(",")[0]
+        predicted[name] = predicted.get(name, 0.0) + speed.seconds(stage)
+    for name, seconds in check["seconds"].items():
+        took = statistics.median(seconds)
+        print(f"{name:<14}{predicted.get(name, 0.0):9.2f} s predicted, {took:9.2f} s measured")
+    whole = sum(statistics.median(one) for one in check["seconds"].values())
+    print(f"{'all':<14}{sum(predicted.values()):9.2f} s predicted, {whole:9.2f} s measured")
+
+
+def main() -> None:
+    """Measure, print, put the figures into `notebooks/costs.json`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="to measure; others stay as kept")
+    parser.add_argument("--tokens", type=int, default=2048, help="of the passes at TinyLlama's dimensions")
+    parser.add_argument("--rounds", type=int, default=2, help="of the fit at TinyLlama's dimensions")
+    parser.add_argument("--passages", type=int, default=2048, help="that each pocket expert writes, of 256 tokens")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if args.tokens < 1024 or args.rounds < 1 or args.passages < 8 * CHUNK:
+        least = f"1024 tokens, 1 round, {8 * CHUNK} passages"
+        raise ChassisError(
+            f"{args.tokens} tokens, {args.rounds} rounds, {args.passages} passages: give at least {least}"
+        )
+    calls = {
+        "rates": (rates, ()), "checks": (tinyllama, (args.tokens, args.rounds)),
+        "curve": (curves, (args.passages,)), "shards": (shards, (20,)),
+    }  # fmt: skip
+    figures = keep(args.out, setting=setting())
+    for part in args.parts:
+        function, given = calls[part]
+        (found,) = alone(function, [given])
+        figures = keep(args.out, **{part: found})
+    show(figures)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ChassisError as error:
+        sys.exit(f"costs: {error}")
