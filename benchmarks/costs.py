@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 
 from calibration import calibrated, one_thread, spent
 from chassis_utils import ChassisError, Features, fit, gather, harvest, load, probe_set
-from chassis_utils.activations import batched, tokenize
 from chassis_utils.solve import Gram
-from costs import Rates, shape, stages
+from costpage import against, padding, predicted
+from costs import Rates, shape
 from curves import curve, doublings, losses
 from ownwords import written
 
@@ -50,14 +50,6 @@ def rates() -> dict[str, Any]:
     }
 
 
-def padding(base: Any, probes: Any) -> tuple[int, float, float]:
-    """Tokens, padded tokens over these, and the mean length that a padded token's prompt has."""
-    ids = tokenize(base, probes)[0]
-    batches = [tokens for _, tokens, _ in batched(ids, 4096)]
-    tokens, padded = sum(map(len, ids)), sum(one.numel() for one in batches)
-    return tokens, padded / tokens, sum(one.numel() * one.shape[1] for one in batches) / padded
-
-
 def tinyllama(tokens: int, rounds: int) -> dict[str, Any]:
     """Seconds of every stage of the final-layer family at TinyLlama's own dimensions, all 22 blocks."""
     torch.set_num_threads(1)
@@ -67,12 +59,11 @@ def tinyllama(tokens: int, rounds: int) -> dict[str, Any]:
         spent(lambda: fit(gather(base, expert, train, Features((base.num_layers,)), progress=False)))
         for _ in tqdm(range(rounds), desc="rounds")
     ]
-    many, padded, length = padding(base, train)
-    about = {"tokens": many, "padding": padded, "length": length, "rounds": rounds, "load": load_now()}
+    about = padding(base, train) | {"rounds": rounds, "load": load_now()}
     return about | {"seconds": {name: [one[name] for one in several] for name in several[0]}}
 
 
-def curves(passages: int) -> list[dict[str, Any]]:
+def curves(passages: int, seed: int) -> list[dict[str, Any]]:
     """KL on validation text by tokens fitted, for both experts and two sets of features; test text once, at the end."""
     torch.set_num_threads(1)
     base, found = load("pocket-base", device="cpu"), []
@@ -80,7 +71,7 @@ def curves(passages: int) -> list[dict[str, Any]]:
     families = {"final layer": Features((final,)), "last block": Features((final, final - 1, f"block {final - 1}"))}
     for name, text in CURVES.items():
         expert = load(name, device="cpu")
-        pool = written(expert, passages)
+        pool = written(expert, passages, seed=seed)
         for family, features in families.items():
             places = [*features.places]
             held = {
@@ -98,7 +89,13 @@ def curves(passages: int) -> list[dict[str, Any]]:
                 rows.append({"subset": subset, "chunks": size, "tokens": tokens, "kl_sums": kept})
                 last = adapter if (subset, size) == (0, sizes[-1]) else last
             bare, many = losses(None, held["val"])
-            told = {"expert": name, "family": family, "features": sum(features.sizes(base)), "probes": text}
+            told = {
+                "expert": name,
+                "family": family,
+                "features": sum(features.sizes(base)),
+                "probes": text,
+                "seed": seed,
+            }
             told |= {"rows": many.tolist(), "bare": bare.tolist(), "points": rows}
             (sums, many), (bare, _) = (losses(one, held["test"]) for one in (last, None))
             told["test"] = {"kl_sums": sums.tolist(), "rows": many.tolist(), "bare": bare.tolist()}
@@ -127,7 +124,7 @@ def shards(times: int) -> dict[str, Any]:
         ) from None
     base, expert = load("pocket-base", device="cpu"), load("pocket-math", device="cpu")
     text = probe_set("math-text", n=32)
-    found: dict[str, Any] = {"tokens": padding(base, text)[0], "load": load_now()}
+    found: dict[str, Any] = {"tokens": padding(base, text)["tokens"], "load": load_now()}
     p, q = TINYLLAMA.hidden, 2 * TINYLLAMA.hidden
     sums, other = (Gram.zeros(p, q) for _ in range(2))
     with one_thread(), TemporaryDirectory() as folder:
@@ -150,16 +147,12 @@ def show(figures: dict[str, Any]) -> None:
     """Print what is kept; predictions are by the rates that are kept with it."""
     if not {"rates", "checks"} <= figures.keys():
         return
-    check, one = figures["checks"], shape("TinyLlama 1.1B")
-    speed, predicted = Rates("kept", figures["rates"]), {}
-    for stage in stages(one, one, check["tokens"], "final layer", check["length"], check["padding"]):
-        name = stage.name.split(",")[0]
-        predicted[name] = predicted.get(name, 0.0) + speed.seconds(stage)
-    for name, seconds in check["seconds"].items():
-        took = statistics.median(seconds)
-        print(f"{name:<14}{predicted.get(name, 0.0):9.2f} s predicted, {took:9.2f} s measured")
-    whole = sum(statistics.median(one) for one in check["seconds"].values())
-    print(f"{'all':<14}{sum(predicted.values()):9.2f} s predicted, {whole:9.2f} s measured")
+    one, told = shape("TinyLlama 1.1B"), dict(figures["checks"])
+    seconds = told.pop("seconds")
+    about = {name: told[name] for name in ("tokens", "padding", "length")}
+    ahead = predicted(Rates("kept", figures["rates"]), one, one, "final layer", **about)
+    runs = [dict(zip(seconds, several, strict=True)) for several in zip(*seconds.values(), strict=True)]
+    print(against(ahead, runs).to_string(index=False, float_format="{:.3f}".format))
 
 
 def main() -> None:
@@ -168,7 +161,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="to measure; others stay as kept")
     parser.add_argument("--tokens", type=int, default=2048, help="of the passes at TinyLlama's dimensions")
     parser.add_argument("--rounds", type=int, default=2, help="of the fit at TinyLlama's dimensions")
-    parser.add_argument("--passages", type=int, default=2048, help="that each pocket expert writes, of 256 tokens")
+    parser.add_argument("--passages", type=int, default=1024, help="that each pocket expert writes, of 256 tokens")
+    parser.add_argument("--seed", type=int, default=1, help="of what they write")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.tokens < 1024 or args.rounds < 1 or args.passages < 8 * CHUNK:
@@ -178,7 +172,7 @@ def main() -> None:
         )
     calls = {
         "rates": (rates, ()), "checks": (tinyllama, (args.tokens, args.rounds)),
-        "curve": (curves, (args.passages,)), "shards": (shards, (20,)),
+        "curve": (curves, (args.passages, args.seed)), "shards": (shards, (20,)),
     }  # fmt: skip
     figures = keep(args.out, setting=setting())
     for part in args.parts:

@@ -14,7 +14,7 @@ from chassis_utils import ChassisError, LanguageModel, Probes
 from chassis_utils.activations import batched, tokenize
 from chassis_utils.metrics import ratio_bounds
 from costs import DEVICES, Rates, Shape, bill, overhead, sizes, stages
-from curves import drawn, interval, law
+from curves import drawn, interval, laws
 from plots import GREY, PALETTE, _buttons, _dropdowns, _finish, _numbers, _owned
 from records import Records
 
@@ -196,14 +196,14 @@ def learned(told: Mapping[str, Any], draws: int = 1000) -> dict[str, Any]:
     if fewer < 3:
         raise ChassisError(f"{len(many)} sizes are too few to predict the largest from others: measure more")
     chosen = drawn(sums, rows, draws)
-    ahead = law(tokens[:fewer], chosen[:, :fewer])
+    ahead, whole = laws(tokens[:fewer], chosen[:, :fewer]), laws(tokens, chosen)
     # Both are of the same prompts, draw by draw: what is compared is the law, not how hard these prompts are.
     off = interval(ahead(tokens[-1]) / chosen[:, -1])
-    whole = law(tokens, chosen)
+    enough = whole.enough(GAIN * bare).clamp(min=tokens[0])
     return {
         "expert": told["expert"], "family": told["family"], "features": told["features"], "tokens": tokens,
         "kl": means.mean(1).tolist(), "each": means, "bare": bare, "law": whole, "ahead": ahead, "fewer": fewer,
-        "off": off, "enough": interval(whole.enough(GAIN * bare)), "floor": interval(whole.floor),
+        "off": off, "enough": interval(enough), "floor": interval(whole.floor),
         "test": told["test"], "probes": told["probes"],
     }  # fmt: skip
 

@@ -62,6 +62,21 @@ def law(tokens: Sequence[float], kls: torch.Tensor) -> Law:
     return Law(floor.gather(0, best)[0], scale.gather(0, best)[0], EXPONENTS[best[0]])
 
 
+def laws(tokens: Sequence[float], kls: torch.Tensor) -> Law:
+    """As `law`, but from where on it is fitted changes from draw to draw: at all sizes, or without the smallest ones.
+
+    With few tokens for its features a fit leans on its penalty, and no one power describes the whole way. At least half
+    of the sizes are kept, and three.
+    """
+    kls = torch.as_tensor(kls, dtype=torch.float64).reshape(-1, len(tokens))
+    starts = max(1, len(tokens) - max(3, math.ceil(len(tokens) / 2)) + 1)
+    whole = torch.empty(3, len(kls), dtype=torch.float64)
+    for start in range(min(starts, len(kls))):
+        one = law(tokens[start:], kls[start::starts, start:])
+        whole[:, start::starts] = torch.stack([one.floor, one.scale, one.exponent])
+    return Law(*whole)
+
+
 def drawn(sums: torch.Tensor, rows: torch.Tensor, draws: int = 1000, seed: int = 0) -> torch.Tensor:
     """Bootstrap of mean KL by size, `(draws, sizes)`: held-out prompts and subsets of the training text drawn anew.
 
