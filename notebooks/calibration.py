@@ -72,11 +72,21 @@ def body(hidden: int, blocks: int = 2, kept: int = 0) -> tuple[LlamaModel, Shape
     return LlamaModel(config).eval().requires_grad_(False), shape(config)
 
 
-def _products(size: int) -> dict[str, tuple[Callable[[], object], float]]:
+def _products(size: int, passes: bool) -> dict[str, tuple[Callable[[], object], float]]:
     """Kind -> a call on matrices of this size, and its amount."""
     x = torch.randn(ROWS, size, dtype=torch.float64)
     gram, y = x.T @ x + torch.eye(size), torch.randn(size, 2 * size, dtype=torch.float64)
     total, head, states = torch.zeros(size, size, dtype=torch.float64), torch.randn(size, VOCAB), x.float()
+    found = {
+        "readout": (lambda: states @ head, 2.0 * ROWS * size * VOCAB),
+        "product": (lambda: total.addmm_(x.T, x), 2.0 * ROWS * size * size),
+        "cholesky": (
+            lambda: torch.cholesky_solve(y, torch.linalg.cholesky_ex(gram)[0]), size**3 / 3 + 4.0 * size**3
+        ),
+        "eigen": (lambda: torch.linalg.eigh(gram), float(size) ** 3),
+    }  # fmt: skip
+    if not passes:
+        return found
     model, sizes = body(size)
     ids = torch.randint(1024, (BATCH // LENGTH, LENGTH))
     mask = torch.ones_like(ids)
@@ -86,33 +96,28 @@ def _products(size: int) -> dict[str, tuple[Callable[[], object], float]]:
         with torch.inference_mode():
             model(input_ids=ids, attention_mask=mask, use_cache=False)
 
-    return {
-        "forward": (passed, sizes.forward(ids.numel(), LENGTH)),
-        "readout": (lambda: states @ head, 2.0 * ROWS * size * VOCAB),
-        "product": (lambda: total.addmm_(x.T, x), 2.0 * ROWS * size * size),
-        "cholesky": (
-            lambda: torch.cholesky_solve(y, torch.linalg.cholesky_ex(gram)[0]), size**3 / 3 + 4.0 * size**3
-        ),
-        "eigen": (lambda: torch.linalg.eigh(gram), float(size) ** 3),
-    }  # fmt: skip
+    return found | {"forward": (passed, sizes.forward(ids.numel(), LENGTH))}
 
 
-def calibrated(sizes: Sequence[int], least: float = 0.1, name: str = "this machine, one thread") -> Rates:
-    """Rates of every kind of work, products at these sizes; on values and shapes that no check uses."""
+def calibrated(sizes: Sequence[int], least: float = 0.1, moved: Sequence[int] = MOVED, most: int = 1 << 62) -> Rates:
+    """Rates of every kind of work: products at these sizes, passes at those up to `most`, moves of so many numbers.
+
+    All on values and shapes that no check uses.
+    """
     rows: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     with one_thread():
         for size in sorted(sizes):
-            for kind, (call, amount) in _products(size).items():
+            for kind, (call, amount) in _products(size, size <= most).items():
                 rows[kind].append((float(size), amount / timed(call, least)))
-        for numbers in MOVED:
+        for numbers in moved:
             fresh = torch.randn(numbers, dtype=torch.float64)
-            turned = fresh.view(-1, 128).T
+            turned = fresh.view(VOCAB, -1).T
             rows["stream"].append((float(numbers), 24.0 * numbers / timed(lambda fresh=fresh: fresh + fresh, least)))
             rows["turn"].append((float(numbers), numbers / timed(lambda turned=turned: torch.cat([turned]), least)))
         rows["test"].append((1.0, numbers / timed(lambda: torch.isfinite(fresh).all(), least)))
         logits = torch.randn(KEPT, VOCAB)
         rows["compare"].append((1.0, logits.numel() / timed(lambda: metrics.kl(logits, logits), least)))
-    return Rates(name, rows)
+    return Rates("this machine, one thread", rows)
 
 
 #: Stage -> functions of the package that it is spent in, and what of these is another stage's.
