@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -13,7 +14,8 @@ import torch
 from chassis_utils import ChassisError, LanguageModel, Probes
 from chassis_utils.activations import batched, tokenize
 from chassis_utils.metrics import ratio_bounds
-from costs import DEVICES, Rates, Shape, bill, overhead, sizes, stages
+from costs import DEVICES, LENGTH, Rates, Shape, bill, overhead, sizes, stages
+from crowd import Costs
 from curves import drawn, interval, laws
 from plots import GREY, PALETTE, _buttons, _dropdowns, _finish, _numbers, _owned
 from records import Records
@@ -162,19 +164,38 @@ def where(
     )  # fmt: skip
 
 
-def invoice(shapes: Mapping[str, Shape], tokens: int, here: Rates, on: Rates, device: str, rate: float) -> pd.DataFrame:
-    """FLOPs, hours here and on devices, how many hold the weights, and money, one row a model and family."""
+def invoice(
+    shapes: Mapping[str, Shape], each: float, here: Rates, today: Rates, ahead: Rates, device: str, rate: float
+) -> pd.DataFrame:  # fmt: skip
+    """What a plug fitted on so many tokens a feature takes, one row a model and family.
+
+    FLOPs, time of one thread here, hours of a device whose host adds up as `today`, of one that does all as `ahead`, how
+    many of it hold the weights, and money for the hours of today.
+    """
     rows = []
     for name, one in shapes.items():
-        for family in ("final layer", "v2"):
-            own = bill(one, one, tokens, here, family=family)
-            theirs = bill(one, one, tokens, on, rate, family, device=DEVICES[device])
+        for family, features in (("final layer", one.hidden), ("v2", 2 * one.hidden + one.blocks[-1].inputs)):
+            tokens = max(2 * LENGTH, round(each * features))
+            several = {
+                key: bill(one, one, tokens, rates, rate, family, device=DEVICES[device])
+                for key, rates in (("here", here), ("today", today), ("ahead", ahead))
+            }
+            own, now, then = several.values()
             rows.append(
-                {"model": name, "family": family, "FLOPs": sum(stage.flops for stage in own.stages)}
-                | {"this machine, one thread": span(3600 * own.hours), "device-hours": theirs.hours}
-                | {"devices for the weights": theirs.devices, "money": theirs.money}
+                {"model": name, "family": family, "features": features, "tokens": tokens}
+                | {"FLOPs": sum(stage.flops for stage in own.stages), "one thread here": span(3600 * own.hours)}
+                | {"device-hours": now.hours, "if all on it": then.hours}
+                | {"devices for the weights": now.devices, "money": now.money}
             )
     return pd.DataFrame(rows)
+
+
+def slower(costs: Costs, rates: Rates, base: Shape, expert: Shape, tokens: int) -> Costs:
+    """The same costs, but a shard of so many tokens takes what the model says of these shapes, spread as measured."""
+    found = stages(base, expert, tokens)
+    seconds = sum(rates.seconds(stage) for stage in found if stage.name.startswith(("forward", "sums")))
+    middle = statistics.median(costs.gather)
+    return replace(costs, gather=[one / middle * seconds for one in costs.gather])
 
 
 # --------------------------------------------------------------------------------------- when to stop
