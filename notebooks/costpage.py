@@ -111,7 +111,7 @@ def where(
     the slider the values.
     """
     first, names = first or next(iter(ways)), [*shapes]
-    parts = ["forward, base", "forward, expert", "sums", "ridge", "judging", "both heads", "cut"]
+    parts = ["forward, base", "forward, expert", "rows", "sums", "ridge", "judging", "both heads", "cut"]
     colours = dict(zip(parts, PALETTE, strict=False))
     bills = {
         (way, n): [bill(one, one, n, rates, family=family) for one in shapes.values()]
@@ -169,8 +169,8 @@ def invoice(
 ) -> pd.DataFrame:  # fmt: skip
     """What a plug fitted on so many tokens a feature takes, one row a model and family.
 
-    FLOPs, time of one thread here, hours of a device whose host adds up as `today`, of one that does all as `ahead`, how
-    many of it hold the weights, and money for the hours of today.
+    FLOPs, time of one thread here, hours of a device whose host adds up as `today`, of one that does all as `ahead`,
+    how many of it hold the weights, and money for the hours of today.
     """
     rows = []
     for name, one in shapes.items():

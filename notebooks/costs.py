@@ -265,6 +265,7 @@ def _final(base: Shape, expert: Shape, tokens: float, padded: float, length: flo
     p, q = base.hidden, base.hidden + expert.hidden
     yield "forward, base", Work("forward", base.forward(padded, length), base.hidden)
     yield "forward, expert", Work("forward", expert.forward(padded, length), expert.hidden)
+    yield ("rows", *_rows(p, q, tokens))
     yield ("sums", *_sums(p, q, tokens))
     yield from _read_out(base, expert, [p], p, tokens)
 
@@ -281,17 +282,26 @@ def _v2(base: Shape, expert: Shape, tokens: float, padded: float, length: float)
     before = [0.0, *accumulate(there)]
     yield "forward, base", Work("forward", sum(before[n] for n in range(depth)) + before[depth], h)
     for p in edits:
+        yield ("rows", *_rows(p, h, tokens))
         yield ("sums", *_sums(p, h, tokens))
         yield from (("ridge", *_ridge(p, h)) for _ in LAMS)
         yield "ridge", Work("product", 2.0 * len(LAMS) * p * p * h, h)  # squares on held-out rows
         yield ("cut", *_cut(p, h))
     near = 2 * h + base.blocks[-1].inputs
     for _ in range(2):
+        yield ("rows", *_rows(near, 2 * h, tokens))
         yield ("sums", *_sums(near, 2 * h, tokens))
         yield from _read_out(base, expert, [h, near], near, tokens)
 
 
 FAMILIES = {"final layer": _final, "v2": _v2}
+
+
+def _rows(p: int, q: int, tokens: float) -> Iterator[Work]:
+    """What `gather` does with the states: picked out of the padding, joined, looked through, split in two."""
+    # Twelve bytes a number in three copies; by a mask, as two of them are, they take several times a plain one's time.
+    yield Work("stream", 60.0 * tokens * (p + q), float(BLOCK) * max(p, q))
+    yield Work("test", tokens * (p + q), p)
 
 
 def _sums(p: int, q: int, tokens: float) -> Iterator[Work]:
