@@ -5,7 +5,6 @@ python benchmarks/costs.py [--parts rates checks curve shards] [--tokens 2048]
 
 import argparse
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
