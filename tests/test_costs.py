@@ -36,7 +36,9 @@ def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_operations_are_those_that_torch_counts(real: tuple[LanguageModel, Shape]) -> None:
     model, one = real
     ids, tokens = torch.randint(3, VOCAB, (BATCH, LENGTH)), BATCH * LENGTH
-    model.model.set_attn_implementation("eager")  # torch has no formula for the CPU's own kernel
+    # Torch counts neither the CPU's own attention nor grouped products of experts: both by plain products, then.
+    model.model.set_attn_implementation("eager")
+    model.model.set_experts_implementation("eager")
     with FlopCounterMode(display=False, depth=10) as counter, torch.inference_mode():
         model.model(input_ids=ids, use_cache=False)
     # Angles of rotations are a product too; they are not of the model's size, and not counted here.
