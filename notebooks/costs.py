@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -192,9 +193,14 @@ def _inputs(model: nn.Module, blocks: nn.ModuleList) -> list[int]:
             if isinstance(part, nn.Linear | Conv1D):
                 part.register_forward_pre_hook(lambda part, args, n=number: note(n, part, args))
     with torch.device("meta"), torch.inference_mode():
-        ids, mask = torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 1, 4, 4)
-        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    return widths
+        ids = torch.zeros(1, 4, dtype=torch.long)
+        # A mask that is whole already is asked nothing; some models read positions off one by token.
+        for mask in (torch.zeros(1, 1, 4, 4), torch.ones(1, 4)):
+            widths[:], known[:] = [0] * len(blocks), []
+            with suppress(ValueError):
+                model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+                return widths
+    raise ValueError("its pass wants more than ids and a mask")
 
 
 # -------------------------------------------------------------------------------------------- stages
