@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -232,8 +233,9 @@ def learned(told: Mapping[str, Any], draws: int = 1000) -> dict[str, Any]:
 def curve_figure(curves: Mapping[str, Mapping[str, Any]], first: str = "") -> go.Figure:
     """Held-out KL against tokens fitted, measured and as the law has it up to a billion; a menu of the curves."""
     first, figure = first or next(iter(curves)), go.Figure(layout={"showlegend": True, "margin_b": 130, "height": 490})
-    onward = [10 ** (3 + 0.125 * k) for k in range(49)]
     for name, one in curves.items():
+        begin = math.log10(one["tokens"][0])
+        onward = [10 ** (begin + k / 40 * (9 - begin)) for k in range(41)]
         ends = [interval(one["law"](n)) for n in onward]
         band = [high for *_, high in ends] + [low for _, low, _ in ends][::-1]
         common = {"meta": [name]}
