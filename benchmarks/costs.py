@@ -23,13 +23,13 @@ from tqdm.auto import tqdm
 from calibration import MOVED, calibrated, one_thread, spent
 from chassis_utils import ChassisError, Features, fit, gather, harvest, load, probe_set
 from chassis_utils.solve import Gram
-from costpage import against, padding, predicted
+from costpage import KEPT_CHECKS, again, padding
 from costs import Rates, shape
 from curves import curve, doublings, losses
 from ownwords import written
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "costs.json"
-PARTS = ("rates", "checks", "curve", "shards")
+PARTS = ("rates", "checks", "pocket", "curve", "shards")
 SIZES = (128, 256, 512, 1024, 1536)  # of the rates; no check is of these
 CURVES = {"pocket-math": "math-text", "pocket-shakespeare": "verse"}  # expert -> held-out text
 RESERVED = 5  # gibibytes asked for before a fit is timed: more than one at TinyLlama's size takes
@@ -63,6 +63,16 @@ def tinyllama(tokens: int, rounds: int) -> dict[str, Any]:
     several = [once() for _ in tqdm(range(rounds), desc="rounds")]
     about = padding(base, train) | {"rounds": rounds, "load": load_now(), "first": first}
     return about | {"seconds": {name: [one[name] for one in several] for name in several[0]}}
+
+
+def pocket(rounds: int) -> dict[str, Any]:
+    """Seconds of every stage of v2 on the pocket models, all training passages of word problems."""
+    torch.set_num_threads(1)
+    base, expert, probes = load("pocket-base", device="cpu"), load("pocket-math", device="cpu"), probe_set("math-text")
+    seen = harvest(base, expert, probes, "all", [-1], progress=False)
+    several = [spent(lambda: fit(seen)) for _ in tqdm(range(rounds + 1), desc="rounds")]
+    about = padding(base, probes) | {"rounds": rounds, "load": load_now(), "first": several[0]}
+    return about | {"seconds": {name: [one[name] for one in several[1:]] for name in several[0]}}
 
 
 def curves(passages: int, seed: int) -> list[dict[str, Any]]:
@@ -147,14 +157,12 @@ def shards(times: int) -> dict[str, Any]:
 
 def show(figures: dict[str, Any]) -> None:
     """Print what is kept; predictions are by the rates that are kept with it."""
-    if not {"rates", "checks"} <= figures.keys():
+    if "rates" not in figures:
         return
-    one, told = shape("TinyLlama 1.1B"), dict(figures["checks"])
-    seconds = told.pop("seconds")
-    about = {name: told[name] for name in ("tokens", "padding", "length")}
-    ahead = predicted(Rates("kept", figures["rates"]), one, one, "final layer", **about)
-    runs = [dict(zip(seconds, several, strict=True)) for several in zip(*seconds.values(), strict=True)]
-    print(against(ahead, runs).to_string(index=False, float_format="{:.3f}".format))
+    for part, name, family in KEPT_CHECKS:
+        if part in figures:
+            table = again(figures[part], Rates("kept", figures["rates"]), shape(name), family)
+            print(f"{name}, {family}", table.to_string(index=False, float_format="{:.3f}".format), sep="\n")
 
 
 def main() -> None:
@@ -174,6 +182,7 @@ def main() -> None:
         )
     calls = {
         "rates": (rates, ()), "checks": (tinyllama, (args.tokens, args.rounds)),
+        "pocket": (pocket, (args.rounds,)),
         "curve": (curves, (args.passages, args.seed)), "shards": (shards, (20,)),
     }  # fmt: skip
     figures = keep(args.out, setting=setting())

@@ -15,6 +15,7 @@ import torch
 from chassis_utils import ChassisError, LanguageModel, Probes
 from chassis_utils.activations import batched, tokenize
 from chassis_utils.metrics import ratio_bounds
+from chassis_utils.statistics import FOLD
 from costs import DEVICES, LENGTH, Rates, Shape, bill, overhead, sizes, stages
 from crowd import Costs
 from curves import drawn, interval, laws
@@ -23,6 +24,8 @@ from records import Records
 
 NEAR = (0.8, 1.2)  #: Predicted over measured that is near enough
 SMALL = 0.01  #: A stage of a smaller share of its run is shown, not judged
+#: Part of `costs.json`, the shape it is of, and the family: checks that take too long for a page.
+KEPT_CHECKS = (("pocket", "pocket-base", "v2"), ("checks", "TinyLlama 1.1B", "final layer"))
 GAIN = 0.01  #: What twice as many tokens must lower the KL by, as a share of the bare base's
 BEHIND = 4  #: The largest size is predicted from those that are so many times smaller, and less
 
@@ -61,20 +64,22 @@ def counted(shapes: Mapping[str, Shape], tokens: int, rank: int) -> pd.DataFrame
 
 
 def padding(base: LanguageModel, probes: Probes) -> dict[str, float]:
-    """Tokens of prompts, padded ones over these, and how long the prompt of a padded token is on average."""
+    """Tokens of prompts, padded ones over these, the length of a padded token's prompt on average, rows held out."""
     ids = tokenize(base, probes)[0]
     batches = [tokens for _, tokens, _ in batched(ids, 4096)]
     tokens, padded = sum(map(len, ids)), sum(one.numel() for one in batches)
     length = sum(one.numel() * one.shape[1] for one in batches) / padded
-    return {"tokens": tokens, "padding": padded / tokens, "length": length}
+    held = sum(map(len, ids[FOLD - 1 :: FOLD])) if len(ids) >= FOLD else len(ids[-1])
+    return {"tokens": tokens, "padding": padded / tokens, "length": length, "held": held}
 
 
 def predicted(
-    rates: Rates, base: Shape, expert: Shape, family: str, *, tokens: int, padding: float, length: float
+    rates: Rates, base: Shape, expert: Shape, family: str, *, tokens: int, padding: float, length: float,
+    held: float | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Seconds by stage as `spent` tells them, the passes of both models together."""
     found: dict[str, float] = {}
-    for stage in stages(base, expert, tokens, family, length, padding):
+    for stage in stages(base, expert, tokens, family, length, padding, held):
         name = stage.name.partition(",")[0]
         found[name] = found.get(name, 0.0) + rates.seconds(stage)
     return found
@@ -98,6 +103,13 @@ def against(ahead: Mapping[str, float], took: Sequence[Mapping[str, float]]) -> 
     inside = frame["ratio"].between(*NEAR).map({True: "near", False: "off"})
     judged = frame["ratio"].notna() & (frame["share"] >= SMALL)
     return frame.assign(outcome=inside.where(judged, "–"))
+
+
+def again(told: Mapping[str, Any], rates: Rates, one: Shape, family: str) -> pd.DataFrame:
+    """`against` for a check that was measured before, of an expert of the base's own shape."""
+    about = {name: told[name] for name in ("tokens", "padding", "length", "held")}
+    runs = [dict(zip(told["seconds"], run, strict=True)) for run in zip(*told["seconds"].values(), strict=True)]
+    return against(predicted(rates, one, one, family, **about), runs)
 
 
 # ------------------------------------------------------------------------------------ where time goes

@@ -239,9 +239,12 @@ class Stage:
 
 
 def stages(
-    base: Shape, expert: Shape, tokens: int, family: str = "final layer", length: float = LENGTH, padding: float = 1.0
+    base: Shape, expert: Shape, tokens: int, family: str = "final layer", length: float = LENGTH, padding: float = 1.0,
+    held: float | None = None,
 ) -> list[Stage]:  # fmt: skip
     """Everything between prompts and an adapter, for so many tokens; passes also see `padding` times as many.
+
+    `held` are the rows of every eighth prompt, an eighth of the tokens unless told.
 
     `final layer` is `gather` of the final states and `fit` on what it returns; `v2` is `fit` with edits of all blocks,
     for an expert of the base's own shape. ChassisError: another family, an expert no edit leads to, too few tokens.
@@ -253,7 +256,8 @@ def stages(
     if base.vocab < 1 or family == "v2" and (base.hidden, base.layers) != (expert.hidden, expert.layers):
         raise ChassisError(f"v2 edits blocks where {expert.name} has those of {base.name}: take the final layer")
     found: dict[str, list[Work]] = {}
-    for name, *work in FAMILIES[family](base, expert, tokens, tokens * padding, length):
+    kept = min(KEPT, held or tokens / FOLD)
+    for name, *work in FAMILIES[family](base, expert, tokens, tokens * padding, length, kept):
         found.setdefault(name, []).extend(work)
     return [Stage(name, _merged(work)) for name, work in found.items()]
 
@@ -266,17 +270,17 @@ def _merged(work: Sequence[Work]) -> tuple[Work, ...]:
     return tuple(Work(kind, amount, size) for (kind, size), amount in sums.items())
 
 
-def _final(base: Shape, expert: Shape, tokens: float, padded: float, length: float) -> Iterator[tuple]:
+def _final(base: Shape, expert: Shape, tokens: float, padded: float, length: float, kept: float) -> Iterator[tuple]:
     """`gather(base, expert, probes, Features((final,)))` and `fit(statistics)`."""
     p, q = base.hidden, base.hidden + expert.hidden
     yield "forward, base", Work("forward", base.forward(padded, length), base.hidden)
     yield "forward, expert", Work("forward", expert.forward(padded, length), expert.hidden)
     yield ("rows", *_rows(p, q, tokens))
     yield ("sums", *_sums(p, q, tokens))
-    yield from _read_out(base, expert, [p], p, tokens)
+    yield from _read_out(base, expert, [p], p, kept)
 
 
-def _v2(base: Shape, expert: Shape, tokens: float, padded: float, length: float) -> Iterator[tuple]:
+def _v2(base: Shape, expert: Shape, tokens: float, padded: float, length: float, kept: float) -> Iterator[tuple]:
     """`fit(activations)`: a pass to choose without edits, one for every edit, one to read out."""
     depth, h, edits = base.layers, base.hidden, base.edits
     # Blocks 1, 2, ... up to the layer edited, all for the stream, all twice to read out.
@@ -297,7 +301,7 @@ def _v2(base: Shape, expert: Shape, tokens: float, padded: float, length: float)
     for _ in range(2):
         yield ("rows", *_rows(near, 2 * h, tokens))
         yield ("sums", *_sums(near, 2 * h, tokens))
-        yield from _read_out(base, expert, [h, near], near, tokens)
+        yield from _read_out(base, expert, [h, near], near, kept)
 
 
 FAMILIES = {"final layer": _final, "v2": _v2}
@@ -342,9 +346,9 @@ def _cut(p: int, k: int, vocab: int = 0) -> Iterator[Work]:
         yield Work("product", 4.0 * p**3 + 2.0 * p * p * k + 4.0 * p * p * k, p)
 
 
-def _read_out(base: Shape, expert: Shape, choices: Sequence[int], best: int, tokens: float) -> Iterator[tuple]:
+def _read_out(base: Shape, expert: Shape, choices: Sequence[int], best: int, kept: float) -> Iterator[tuple]:
     """Every choice of features and lam judged by KL on the rows kept, the best solved on all and cut."""
-    q, v, kept = base.hidden + expert.hidden, base.vocab, min(KEPT, tokens / FOLD)
+    q, v = base.hidden + expert.hidden, base.vocab
     # Both in float64, then joined, the base's negated, and all centred.
     yield "both heads", Work("turn", float(q) * v, q * v)
     yield "both heads", Work("stream", 44.0 * q * v, q * v)
