@@ -136,7 +136,7 @@ def _round(sizes: Sequence[int], least: float, moved: Sequence[int], most: int) 
 #: Stage -> the package's functions that it is spent in, less what these themselves call of others.
 _SPENT = {
     "forward": (("states",), ()),
-    "rows": (("gather",), ("states", "update", "sizes", "checked_ids")),
+    "rows": (("gather",), ("states", "update", "sizes", "checked_ids", "batched")),
     "sums": (("update",), ()),
     "ridge": (("ridge", "error"), ()),
     "both heads": (("heads",), ()),
