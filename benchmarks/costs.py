@@ -32,7 +32,6 @@ RESULTS = Path(__file__).parents[1] / "notebooks" / "costs.json"
 PARTS = ("rates", "checks", "pocket", "curve", "shards")
 SIZES = (128, 256, 512, 1024, 1536)  # of the rates; no check is of these
 CURVES = {"pocket-math": "math-text", "pocket-shakespeare": "verse"}  # expert -> held-out text
-RESERVED = 5  # gibibytes asked for before a fit is timed: more than one at TinyLlama's size takes
 CHUNK, SUBSETS = 8, 4  # passages gathered at once; orders in which they are added up
 
 
@@ -55,11 +54,8 @@ def tinyllama(tokens: int, rounds: int) -> dict[str, Any]:
     def once() -> dict[str, float]:
         return spent(lambda: fit(gather(base, expert, train, Features((base.num_layers,)), progress=False)))
 
-    # The first one asks the machine for its memory, page by page: that is told, and not counted as work. The others
-    # find it there.
+    # The first one asks the machine for its memory, page by page: that is told, and not counted as work.
     first = once()
-    held = [torch.ones(1 << 27, dtype=torch.float64) for _ in range(RESERVED)]
-    del held
     several = [once() for _ in tqdm(range(rounds), desc="rounds")]
     about = padding(base, train) | {"rounds": rounds, "load": load_now(), "first": first}
     return about | {"seconds": {name: [one[name] for one in several] for name in several[0]}}

@@ -22,7 +22,7 @@ ROWS = 1024  # of the matrices multiplied
 LENGTH = 100  # tokens of a prompt, in passes of as many as `gather` takes at once
 VOCAB = 8192  # columns of the heads multiplied
 MOVED = (1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24)  # numbers
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 
 
 @contextmanager
@@ -41,14 +41,14 @@ def keep() -> bool:
     """Tell glibc to keep what this process frees instead of giving it back; False where there is no glibc.
 
     Pages asked for anew are filled with zeros first: that costs as much as the work done on them, and whether it
-    happens depends on all that was freed before. `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` do the same from
+    happens depends on all that was freed before. `MALLOC_TRIM_THRESHOLD_=-1` and `MALLOC_MMAP_MAX_=0` do the same from
     outside.
     """
     try:
         told = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return all(told(name, 2**31 - 1) for name in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD))
+    return bool(told(M_TRIM_THRESHOLD, -1) and told(M_MMAP_MAX, 0))
 
 
 def timed(call: Callable[[], object], least: float = 0.1, most: int = 15) -> float:
