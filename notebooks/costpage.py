@@ -334,10 +334,10 @@ def record(
     """Every ratio that the verdict reads, test KL of the largest fits, and what was simulated."""
     for probes, table in checks.items():
         for row in table[table["ratio"].notna()].to_dict("records"):
-            kind = "predicted" if row["share"] >= SMALL else "small"
-            ends = {end: row[end] for end in ("low", "high")}
-            method = f"{kind}_{row['stage'].replace(' ', '_')}"
-            records.add(metric="ratio", method=method, value=row["ratio"], probes=probes, n=row["runs"], **ends)
+            ends, name = {end: row[end] for end in ("low", "high")}, row["stage"].replace(" ", "_")
+            same = {"metric": "ratio", "probes": probes, "n": row["runs"]}
+            records.add(method=f"predicted_{name}", value=row["ratio"], **ends, **same)
+            records.add(method=f"share_{name}", value=row["share"], **same)
     for one in curves.values():
         family = one["family"].replace(" ", "_")
         middle, low, high = one["off"]

@@ -245,7 +245,10 @@ class _Rules(Evidence):
     def cost(self) -> Decision:
         there = [m for m in dict.fromkeys(self.frame["method"]) if m.startswith("predicted_")]
         stages = dict.fromkeys(["predicted_whole", "predicted_forward", *there])
-        near = [ratio for method in stages for ratio in self.all("ratio", method)]
+        near = []
+        for method in stages:
+            shares = self.all("ratio", method.replace("predicted", "share"))
+            near += [x for x, share in zip(self.all("ratio", method), shares, strict=True) if share >= 0.01]
         curves = ("law_final_layer", "law_last_block")
         lows, highs = ([x for m in curves for x in self.all("ratio", m, end)] for end in ("low", "high"))
         return min(near) >= 0.8 and max(near) <= 1.2 and max(lows) <= 1 <= min(highs), False
