@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -524,8 +524,3 @@ def bill(
     weights = 1.1 * 2 * (base.parameters + expert.parameters)
     many = 1 if device is None else math.ceil(weights / device.memory)
     return Bill(found, tuple(map(rates.seconds, found)), many, rate)
-
-
-def scaled(rates: Rates, factor: float) -> Rates:
-    """The same rates, all times a factor."""
-    return replace(rates, measured={k: [(s, factor * r) for s, r in rows] for k, rows in rates.measured.items()})
