@@ -45,7 +45,7 @@ def _v2(
         raise ChassisError(f"{a.expert.name} is {base.name} itself: nothing to recover, the share is undefined")
     if isinstance(a, Statistics):
         state = [Features((final,))] if final in a.features.places else []
-        return _read_out(a, [*state, a.features], metric, lams)[1]
+        return _read_out(a, [*dict.fromkeys([*state, a.features])], metric, lams)[1]
     run = {"positions": a.positions, "progress": progress}
     near = Features((final, final - 1, f"block {final - 1}"))
     edited = blocks and same_shape(base, a.expert)

@@ -242,6 +242,17 @@ class _Rules(Evidence):
         most = [high for rival in rivals for high in self.all("ratio", f"filtered_over_{rival}", "high", split="text")]
         return min(right) >= 0.95 and max(most) < 1, False
 
+    def cost(self) -> Decision:
+        there = [m for m in dict.fromkeys(self.frame["method"]) if m.startswith("predicted_")]
+        stages = dict.fromkeys(["predicted_whole", "predicted_forward", *there])
+        near = []
+        for method in stages:
+            shares = self.all("ratio", method.replace("predicted", "share"))
+            near += [x for x, share in zip(self.all("ratio", method), shares, strict=True) if share >= 0.01]
+        curves = ("law_final_layer", "law_last_block")
+        lows, highs = ([x for m in curves for x in self.all("ratio", m, end)] for end in ("low", "high"))
+        return min(near) >= 0.8 and max(near) <= 1.2 and max(lows) <= 1 <= min(highs), False
+
 
 RULES = {name: decide for name, decide in vars(_Rules).items() if name in EXPERIMENTS}
 
