@@ -138,25 +138,26 @@ def _had(name: str, make: Callable[[], Any], what: str) -> Any:
 
 def _model(way: dict[str, Any], ways: dict[str, Any]) -> Expert:
     """A base or an expert as it was told to the worker, with its edits."""
-    if "file" in way:
-        return _had(way["held"], lambda: _unpickled(way, ways["device"]), way["name"])
-    options = {"revision": way["commit"], "dtype": getattr(torch, way["dtype"]), "device": ways["device"]}
-    options["trust_remote_code"] = ways["trust_remote_code"]
-    model: LanguageModel = _had(way["held"], lambda: load(way["name"], **options), way["name"])
-    return model.edited(*(_had(name, lambda name=name: _edit(name, ways), f"edit {name}") for name in way["edits"]))
+    model = _had(way["held"], lambda: _loaded(way, ways), way["name"])
+    folder, device = Path(ways["edits"]), ways["device"]
+    edits = []
+    for name in way["edits"]:
+        one = name.split()[0]
+        edits.append(_had(name, lambda one=one: Adapter.load(folder / one).to(device), f"edit {one}"))
+    return model.edited(*edits) if edits else model
 
 
-def _edit(name: str, ways: dict[str, Any]) -> Adapter:
-    return Adapter.load(Path(ways["edits"]) / name.split()[0]).to(ways["device"])
-
-
-def _unpickled(way: dict[str, Any], device: str) -> Expert:
+def _loaded(way: dict[str, Any], ways: dict[str, Any]) -> Expert:
+    """A model by its name, or an expert that is a function, from its file."""
+    if "file" not in way:
+        options = {name: ways[name] for name in ("device", "trust_remote_code")} | {"revision": way["commit"]}
+        return load(way["name"], dtype=getattr(torch, way["dtype"]), **options)
     try:
-        return torch.load(way["file"], map_location=device, weights_only=False)
+        return torch.load(way["file"], map_location=ways["device"], weights_only=False)
     except (AttributeError, ImportError, OSError, RuntimeError, pickle.PickleError) as error:
-        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        raise ChassisError(f"a worker cannot load {way['name']} ({why:.150}): put its class in a module that "
-                           "workers import") from error  # fmt: skip
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.120}"
+        why = f"a worker cannot load {way['name']} ({why}): put its class in a module that workers import"
+        raise ChassisError(why) from error
 
 
 # ------------------------------------------------------------------------------------------------------------- files
