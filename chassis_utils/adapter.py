@@ -260,11 +260,10 @@ def _settings(folder: Path, root: Path) -> tuple[dict, Path]:
     return plain, paths[1]
 
 
-Method = Callable[..., Adapter]
-METHODS: dict[str, Method] = {}
+METHODS: dict[str, Callable[..., Adapter]] = {}
 
 
-def method(name: str) -> Callable[[Method], Method]:
+def method(name: str) -> Callable[[Callable[..., Adapter]], Callable[..., Adapter]]:
     """Register a closed form under the name that `fit` takes."""
     return lambda function: METHODS.setdefault(name, function)
 

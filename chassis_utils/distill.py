@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
 from itertools import zip_longest
+from operator import add
 
 import torch
 
+from . import statistics
 from .activations import Activations
 from .adapter import Adapter, assembled, column_weights, heads, method
 from .errors import ChassisError
 from .features import Features
 from .metrics import kl
 from .solve import Gram, kl_fit, low_rank, scaled_ridge
-from .statistics import FOLD, KEPT, Statistics, gather, same_shape
+from .statistics import FOLD, KEPT, Statistics, same_shape
 
 LAMS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -24,6 +27,7 @@ LAMS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 def _v2(
     a: Activations | Statistics, layer: int, lam: float | None,
     metric: str = "kl", blocks: bool = True, edit_rank: int | None = None, progress: bool = False,
+    gather: Callable[..., Statistics] | None = None,
 ) -> Adapter:  # fmt: skip
     """The default: blocks imitated, then logits read, choices held out.
 
@@ -33,8 +37,9 @@ def _v2(
        base logits centred over the vocabulary, to all columns; lower ranks by reduced rank in the KL's own metric.
     3. On every eighth prompt, held out, are chosen: lam of the edits by squares, the rest, and whether to edit, by KL.
 
-    From `Statistics`, which cannot be run again, it is the second step on what they hold. `lam` is a share of the rows
-    here; `blocks` False leaves the first step out; `edit_rank` cuts its maps. For a `ForeignExpert`: `near`.
+    From `Statistics` it is the second step on what they hold, unless they are gathered anew by a function `gather`,
+    which may spread all passes over machines. `lam` is a share of the rows here; `blocks` False leaves the first step
+    out; `edit_rank` cuts its maps. For a `ForeignExpert`: `near`.
     """
     if metric not in ("data", "kl"):
         raise ChassisError(f"metric = '{metric}': choose data or kl")
@@ -43,25 +48,27 @@ def _v2(
         raise ChassisError(f"v2 reads out at the final layer, {final}, and edits those before: leave layer at -1")
     if a.expert.revision == base.revision:
         raise ChassisError(f"{a.expert.name} is {base.name} itself: nothing to recover, the share is undefined")
-    if isinstance(a, Statistics):
+    if isinstance(a, Statistics) and gather is None:
         state = [Features((final,))] if final in a.features.places else []
         return _read_out(a, [*dict.fromkeys([*state, a.features])], metric, lams)[1]
-    run = {"positions": a.positions, "progress": progress}
+    sets = a.probes if isinstance(a, Statistics) else (a.probes,)
+    kind, one_pass = {"positions": a.positions, "progress": progress}, gather or statistics.gather
+
+    def run(features: Features, *edits: Adapter, **layer: int | str) -> Statistics:
+        return reduce(add, (one_pass(base.edited(*edits), a.expert, one, features, **kind, **layer) for one in sets))
+
     near = Features((final, final - 1, f"block {final - 1}"))
     edited = blocks and same_shape(base, a.expert)
     # Without edits, earlier layers hold what the last ones lost; with them, it was put right on the way.
     widest = near if edited else Features((*near.places, *range(final - 1)))
     choices = list(dict.fromkeys([Features((final,)), near, widest]))
-    reached, best = _read_out(gather(base, a.expert, a.probes, widest, **run), choices, metric, lams)
+    reached, best = _read_out(run(widest), choices, metric, lams)
     if edited:
         edits: list[Adapter] = []
         for number in (*range(1, final), "stream"):
             before = final - 1 if number == "stream" else number - 1
-            features = Features((before, f"block {before}"))
-            stats = gather(base.edited(*edits), a.expert, a.probes, features, layer=number, **run)
-            edits.append(_imitation(stats, lams, edit_rank))
-        stats = gather(base.edited(*edits), a.expert, a.probes, near, **run)
-        there, deep = _read_out(stats, choices, metric, lams)
+            edits.append(_imitation(run(Features((before, f"block {before}")), *edits, layer=number), lams, edit_rank))
+        there, deep = _read_out(run(near, *edits), choices, metric, lams)
         if there < reached:
             best = replace(deep, edits=tuple(edits))
     return best
@@ -132,7 +139,7 @@ def _read_out(
 
     For every choice of features and every lam, the ridge on all other rows is judged by it; the best gets all rows.
     """
-    base, (x, y) = stats.base, stats.kept
+    base, (x, y, _) = stats.base, stats.kept
     both, shift = heads(stats)
     cut = stats.expert.readout.weight.shape[1]
     y = y.to(base.device)

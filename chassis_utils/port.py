@@ -243,17 +243,14 @@ class Port:
             self._hooks.enter_context(head.register_forward_pre_hook(before))
             self._hooks.enter_context(head.register_forward_hook(after))
 
-    def _generate(
-        self, inputs: Any = None, generation_config: Any = None, logits_processor: Any = None,
-        *args: Any, **settings: Any,
-    ) -> Any:  # fmt: skip
+    def _generate(self, inputs: Any = None, generation_config: Any = None, logits_processor: Any = None, **more) -> Any:
         """`transformers`' own generate, with what live experts say."""
         with self._idle():
             if live := self._active(Live):
-                mask = settings.get("attention_mask")
+                mask = more.get("attention_mask")
                 starts = [0] if mask is None else (mask.shape[1] - mask.sum(1)).tolist()
                 logits_processor = LogitsProcessorList([_Live(self.base, live, starts), *(logits_processor or [])])
-            return self._own_generate(inputs, generation_config, logits_processor, *args, **settings)
+            return self._own_generate(inputs, generation_config, logits_processor, **more)
 
     def probabilities(self, prompts: Sequence[str]) -> torch.Tensor:
         """What is said next behind each of n prompts with what is in use, `(n, vocab)`; ChassisError as `generate`."""
@@ -316,12 +313,10 @@ class Port:
         try:
             cold = settings.get("temperature") == 0  # the limit of drawing
             wanted = {} if cold else {name: warp for name, warp in _WARPERS.items() if settings.get(name) is not None}
-            if any(settings[name] != settings[name] for name in wanted):
-                raise ValueError("NaN")
             draw = [warp(settings[name]) for name, warp in wanted.items()]
             if settings.get("do_sample", bool(draw)) and not cold:
-                if settings.get("num_beams", 1) > 1:
-                    raise ValueError("beams do not draw")
+                if settings.get("num_beams", 1) > 1 or any(settings[name] != settings[name] for name in wanted):
+                    raise ValueError("beams do not draw, nor does NaN")
                 draw.append(_Draw(torch.Generator(ids.device).manual_seed(seed)))
                 rest["logits_processor"] = [*(rest.get("logits_processor") or ()), *draw]
             return self.model.generate(ids, **own, **rest)[:, ids.shape[1] :].tolist()
@@ -391,20 +386,15 @@ class _Live(LogitsProcessor):
                 if not (asked := [i for i in asked if not texts[i].endswith("\ufffd")]):
                     continue
                 given = [texts[i] for i in asked]
-                told = _bridged(plug, base, given).to(own)
-                told = told[:, :-2] + told[:, -2:].sum(1, keepdim=True) * own[asked]
+                with refusing(f"a live expert, {type(plug).__name__}, failed", "mend it, or unplug it"):
+                    found = plug(None, given) if isinstance(plug, Bridge) else plug.bridged(base, given, progress=False)
+                    mass = found.mass.to(own)
+                    if mass.shape != (len(given), base.vocab_size + 2) or not bool(((mass >= 0) & (mass < 1.1)).all()):
+                        raise ChassisError(f"{tuple(mass.shape)} numbers that are no probabilities (n, vocab + 2)")
+                told = mass[:, :-2] + mass[:, -2:].sum(1, keepdim=True) * own[asked]
             change = told.clamp(min=1e-30).log() - own[asked].clamp(min=1e-30).log()
             scores[asked, : base.vocab_size] += (one.weight * change).to(scores)
         return scores.log_softmax(-1)  # beams add up what is normalised
-
-
-def _bridged(plug: Bridge | Bridging, base: LanguageModel, texts: list[str]) -> torch.Tensor:
-    """What a bridge tells behind each text, `(n, vocab + 2)`; ChassisError for whatever goes wrong there."""
-    with refusing(f"a live expert, {type(plug).__name__}, failed", "mend it, or unplug it"):
-        mass = (plug(None, texts) if isinstance(plug, Bridge) else plug.bridged(base, texts, progress=False)).mass
-        if mass.shape != (len(texts), base.vocab_size + 2) or not bool(((mass >= 0) & (mass <= 1 + 1e-6)).all()):
-            raise ChassisError(f"{tuple(mass.shape)} numbers that are no probabilities (n, vocab + 2)")
-    return mass
 
 
 def _last(model: LanguageModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -415,11 +405,11 @@ def _last(model: LanguageModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.
     return model.readout(state).double().softmax(-1)
 
 
+@dataclass
 class _Draw(LogitsProcessor):
     """Draws a token, which is left as the likeliest: by dice of its own, where torch has one generator for all."""
 
-    def __init__(self, dice: torch.Generator) -> None:
-        self.dice = dice
+    dice: torch.Generator
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         # The first of several clocks to ring, each at the speed of its probability.

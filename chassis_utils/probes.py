@@ -53,10 +53,15 @@ class Probes:
         return hashlib.sha256(repr(self.prompts).encode()).hexdigest()[:16]
 
     @cached_property
-    def fingerprints(self) -> frozenset[int]:
-        """One 63-bit number a prompt, to notice a prompt that was already fitted on."""
+    def hashes(self) -> tuple[int, ...]:
+        """One 63-bit number a prompt, in order."""
         hashes = (hashlib.sha256(prompt.encode()).digest() for prompt in self.prompts)
-        return frozenset(int.from_bytes(hashed[:8], "big") >> 1 for hashed in hashes)
+        return tuple(int.from_bytes(hashed[:8], "big") >> 1 for hashed in hashes)
+
+    @cached_property
+    def fingerprints(self) -> frozenset[int]:
+        """The same without order, to notice a prompt that was already fitted on."""
+        return frozenset(self.hashes)
 
 
 def probe_set(name: str, split: str = "train", n: int | None = None) -> Probes:

@@ -36,7 +36,7 @@ class Statistics:
     layer: Place  #: Whose states y is made of
     train: Gram
     held: Gram  #: Of every eighth prompt
-    kept: tuple[torch.Tensor, torch.Tensor]  #: x `(m, p)`, y `(m, q)` of held-out rows, m at most 2,048
+    kept: tuple[torch.Tensor, ...]  #: x `(m, p)`, y `(m, q)` and keys `(m,)` of the 2,048 held-out rows of least key
 
     def __add__(self, other: Statistics) -> Statistics:
         """Statistics of both sets of rows; ChassisError: they are of other models, features, positions or layers."""
@@ -45,12 +45,10 @@ class Statistics:
             if getattr(ours, "revision", ours) != getattr(theirs, "revision", theirs):
                 both = " and ".join(f"{getattr(x, 'name', x)} {getattr(x, 'revision', '')}" for x in (ours, theirs))
                 raise ChassisError(f"these statistics differ in {what} ({both}): gather both alike")
-        kept = (torch.cat(pair) for pair in zip(self.kept, other.kept, strict=True))
-        kept = tuple(part[:: -(-len(part) // KEPT)] for part in kept)
         if any(one.fingerprints & two.fingerprints for one in self.probes for two in other.probes):
             raise ChassisError("some prompts are in both statistics: gather every prompt once")
         sums = {name: getattr(self, name) + getattr(other, name) for name in ("train", "held")}
-        return replace(self, probes=self.probes + other.probes, kept=kept, **sums)
+        return replace(self, probes=self.probes + other.probes, kept=_least(self.kept, other.kept), **sums)
 
     def __len__(self) -> int:
         return self.train.n + self.held.n
@@ -86,15 +84,13 @@ def gather(
     _check_memory(p, q, base.vocab_size if layer == base.num_layers else 0)
     wanted = [*dict.fromkeys([*features.places, layer])]
     train, held = (Gram.zeros(p, q) for _ in range(2))
-    lengths = [len(one) if positions == "all" else 1 for one in ids]
-    every, passed = -(-sum(lengths[fold - 1 :: fold]) // KEPT), 0
-    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hashes, kept = torch.tensor(probes.hashes), (torch.zeros(0, p), torch.zeros(0, q), torch.zeros(0, dtype=torch.long))
     bar = tqdm(total=len(ids), desc=f"{base.name} and {expert.name}, layer {layer}", disable=not progress, leave=False)
     for batch, tokens, mask in batched(ids, batch_tokens):
         real = mask.bool()
         if positions == "last":
             real &= mask.cumsum(1) == mask.sum(1, keepdim=True)
-        prompt = torch.tensor(batch)[:, None].expand_as(real)[real].to(base.device)
+        prompt = torch.tensor(batch)[:, None].expand_as(real)[real]
         hidden = {place: state[real] for place, state in base.states(tokens, mask, wanted).items()}
         if isinstance(expert, LanguageModel):
             theirs = expert.states(tokens, mask, [layer if layer != base.num_layers else expert.num_layers])
@@ -105,18 +101,30 @@ def gather(
         x, own = features(hidden), hidden[layer]
         y = torch.cat([target, own], dim=1) if layer == base.num_layers else target - own
         if not (good := torch.isfinite(x).all(1) & torch.isfinite(y).all(1)).all():
-            what = f"{base.name} or {expert.name} gives NaN or infinity on prompt {int(prompt[~good][0])}"
+            what = f"{base.name} or {expert.name} gives NaN or infinity on prompt {int(prompt[~good.cpu()][0])}"
             raise ChassisError(f"{what} of '{probes.name}': try dtype float32, or leave that prompt out")
-        x, y, out = x.cpu(), y.cpu(), (prompt % fold == fold - 1).cpu()
+        x, y, out = x.cpu(), y.cpu(), prompt % fold == fold - 1
         train.update(x[~out], y[~out])
         held.update(x[out], y[out])
-        some = slice(-passed % every, None, every)
-        passed += int(out.sum())
-        kept.append((x[out][some].clone(), y[out][some].clone()))  # a view would keep all that was held out
+        kept = _least(kept, (x[out], y[out], _keys(hashes[prompt], mask.cumsum(1)[real])[out]))
         bar.update(len(batch))
     bar.close()
-    rows = tuple(map(torch.cat, zip(*kept, strict=True)))
-    return Statistics(base, expert, (probes,), positions, features, layer, train, held, rows)
+    return Statistics(base, expert, (probes,), positions, features, layer, train, held, kept)
+
+
+def _keys(hashes: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """A key a row, `(n,)`, as good as random, of its prompt's hash and its position alone: splitmix64 of both."""
+    z = hashes - 0x61C8864680B583EB * position
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * factor
+    return z
+
+
+def _least(*several: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The `KEPT` rows of least key of several (x, y, keys), in order of key: the same however they came together."""
+    whole = [torch.cat(parts) for parts in zip(*several, strict=True)]
+    order = whole[-1].argsort(stable=True)[:KEPT]
+    return tuple(part[order] for part in whole)
 
 
 def same_shape(base: LanguageModel, expert: Expert) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 from batch import execute
 from chassis_utils.files import locked
-from engines import memory
+from engines import alike, memory
 from records import FILE, replace_text
 
 DONE = "cell.json"  # what a cell says when it has ended
@@ -72,19 +72,12 @@ def run_cell(cell: Cell, causes: list[str], env: Mapping[str, str], by: dict[str
 
 def work_on(told: Callable[[], dict[str, str]]) -> Callable[..., tuple[float, str | None]]:
     """What a worker is sent, all it needs with it: it looks that the worker is like this machine, and runs a cell."""
-    ours, here = told(), str(Path(__file__).resolve().parent)
-    threads = dict.fromkeys(THREADS, os.environ.get(THREADS[0], "1"))
+    check, threads = alike(told), dict.fromkeys(THREADS, os.environ.get(THREADS[0], "1"))
 
     def work(cell: tuple[Any, ...], causes: list[str]) -> tuple[float, str | None]:
-        import sys
-
-        if here not in sys.path:
-            sys.path.insert(0, here)
+        ours = check()
         from cells import Cell, run_cell
-        from engines import unlike
 
-        if other := unlike(ours, told()):  # a worker that came after the others were compared
-            raise RuntimeError(f"its worker has {other}")
         return run_cell(Cell(*cell), causes, threads, ours)
 
     return work

@@ -8,11 +8,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Executor, Future
 from contextlib import ExitStack, contextmanager
+from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, Protocol
 
 from chassis_utils import ChassisError
 
@@ -22,6 +26,12 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 logging.getLogger("distributed").setLevel(logging.CRITICAL)
 """
 PATIENCE = 4  # seconds that a scheduler has to answer
+
+
+class Job(Protocol):
+    """A frozen dataclass of plain values, which are what a worker is sent."""
+
+    label: str  #: For people
 
 
 class InProcess(Executor):
@@ -78,6 +88,75 @@ def unlike(ours: dict[str, str], theirs: dict[str, str]) -> str:
     """What a worker has otherwise, in words; empty if nothing."""
     names = [name for name in ours if name in theirs and theirs[name] != ours[name]]
     return ", ".join(f"{name} {theirs[name]} instead of {ours[name]}" for name in names)
+
+
+def alike(told: Callable[[], dict[str, str]]) -> Callable[[], dict[str, str]]:
+    """What a worker is sent to call first: our modules can be imported from then on, if it is like this machine.
+
+    It returns what `told`, of `facts`, says here. RuntimeError: it says something else there.
+    """
+    ours, here = told(), str(Path(__file__).resolve().parent)
+
+    def check() -> dict[str, str]:
+        import sys
+
+        if here not in sys.path:
+            sys.path.insert(0, here)
+        from engines import unlike
+
+        if other := unlike(ours, told()):  # a worker that came after the others were compared
+            raise RuntimeError(f"its worker has {other}")
+        return ours
+
+    return check
+
+
+def outcomes(executor: Executor, work: Callable[..., tuple[float, str | None]], jobs: Sequence[Job], retries: int,
+             final: tuple[type[Exception], ...] = ()) -> Iterator[tuple[Job, float, list[str], bool]]:  # fmt: skip
+    """Jobs as they end, with seconds, causes of failed tries, and whether they ended well.
+
+    `work` takes the job's fields and the causes of its earlier tries, and gives seconds and a cause if it failed, as
+    does an exception, unless it is `final`: that is raised. ChassisError: the scheduler was lost.
+    """
+    waiting: deque[tuple[Job, list[str]]] = deque((job, []) for job in jobs)
+    running: dict[Future[Any], tuple[Job, list[str]]] = {}
+    finished: SimpleQueue[Future[Any]] = SimpleQueue()
+    try:
+        while waiting or running:
+            # What has ended is told before more is begun: in this process, every call has ended when it was submitted.
+            while waiting and finished.empty():
+                job, causes = waiting.popleft()
+                future = executor.submit(work, astuple(job), causes)
+                running[future] = job, causes
+                future.add_done_callback(finished.put)
+            future = finished.get()
+            job, causes = running.pop(future)
+            try:
+                seconds, cause = future.result()
+            except CancelledError:
+                raise ChassisError("the scheduler was lost: start it again, what was finished is kept") from None
+            except final:
+                raise
+            except Exception as error:
+                seconds, cause = 0.0, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            if cause:
+                causes = [*causes, cause]
+            if cause and len(causes) <= retries:
+                print(f"{job.label}: try {len(causes)} of {retries + 1} failed, {seconds:.1f} s: {cause}", flush=True)
+                waiting.append((job, causes))
+            else:
+                yield job, seconds, causes, not cause
+    finally:
+        for future in running:
+            future.cancel()
+
+
+def arrived(known: Callable[[], Any], patience: float) -> bool:
+    """Whether what a worker wrote is seen here, which a network's file system may take a while for, in seconds."""
+    limit = time.monotonic() + patience
+    while not known() and time.monotonic() < limit:
+        time.sleep(0.5)
+    return bool(known())
 
 
 @contextmanager

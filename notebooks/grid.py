@@ -10,15 +10,10 @@ import hashlib
 import itertools
 import json
 import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import CancelledError, Executor, Future
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any
 
 import pandas as pd
 import yaml
@@ -27,7 +22,7 @@ from batch import Profile, last_line, load_profile, plan, refuse
 from cells import DONE, Cell, work_on
 from chassis_utils import ChassisError
 from chassis_utils.files import locked
-from engines import engine, facts, unlike
+from engines import arrived, engine, facts, outcomes, unlike
 from gridpage import page
 from records import FIELDS, FILE, read_records, replace_text
 
@@ -116,9 +111,9 @@ def run(path: str | Path, workers: int = 0, scheduler: str | None = None, out_di
         failed: dict[Path, tuple[float, list[str]]] = {}
         if missing:
             with engine(told, workers, scheduler) as executor:
-                outcomes = enumerate(_outcomes(executor, work_on(told), missing, grid.retries), before + 1)
-                for i, (cell, seconds, causes, ended) in outcomes:
-                    if ended and not _arrived(cell):
+                ends = enumerate(outcomes(executor, work_on(told), missing, grid.retries), before + 1)
+                for i, (cell, seconds, causes, ended) in ends:
+                    if ended and not arrived(cell.known, PATIENCE):
                         ended, causes = False, [*causes, "its records have not arrived here: is the folder shared?"]
                     if not ended:
                         failed[cell.folder] = seconds, causes
@@ -130,14 +125,6 @@ def run(path: str | Path, workers: int = 0, scheduler: str | None = None, out_di
         names = "; ".join(f"{cell.label} ({failed[cell.folder][1][-1]})" for cell in missing if cell.folder in failed)
         raise ChassisError(f"{len(failed)} of {n} cells failed, see {grid.out / 'cells.csv'}: {names}")
     return grid.out / "grid.html"
-
-
-def _arrived(cell: Cell) -> bool:
-    """Whether what a worker wrote is seen here, which a network's file system may take a while for."""
-    limit = time.monotonic() + PATIENCE
-    while not cell.known() and time.monotonic() < limit:
-        time.sleep(0.5)
-    return bool(cell.known())
 
 
 def _claim(grid: Grid) -> None:
@@ -167,36 +154,6 @@ def _warn(grid: Grid, missing: list[Cell], ours: dict[str, str]) -> None:
     if others:
         print(f"chassis: {len(others)} finished cells are by {others[0]}: kept; delete {grid.out} to run them again",
               file=sys.stderr)  # fmt: skip
-
-
-def _outcomes(executor: Executor, work: Callable[..., tuple[float, str | None]], cells: list[Cell], retries: int
-              ) -> Iterator[tuple[Cell, float, list[str], bool]]:  # fmt: skip
-    """Cells as they end, with seconds, causes of failed tries, and whether they ended well."""
-    waiting = deque((cell, []) for cell in cells)
-    running: dict[Future[Any], tuple[Cell, list[str]]] = {}
-    finished: SimpleQueue[Future[Any]] = SimpleQueue()
-    while waiting or running:
-        # What has ended is told before more is begun: in this process, every call has ended when it was submitted.
-        while waiting and finished.empty():
-            cell, causes = waiting.popleft()
-            future = executor.submit(work, astuple(cell), causes)
-            running[future] = cell, causes
-            future.add_done_callback(finished.put)
-        future = finished.get()
-        cell, causes = running.pop(future)
-        try:
-            seconds, cause = future.result()
-        except CancelledError:
-            raise ChassisError("the scheduler was lost: start it again, what was finished is kept") from None
-        except Exception as error:
-            seconds, cause = 0.0, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        if cause:
-            causes = [*causes, cause]
-        if cause and len(causes) <= retries:
-            print(f"{cell.label}: try {len(causes)} of {retries + 1} failed, {seconds:.1f} s: {cause}", flush=True)
-            waiting.append((cell, causes))
-        else:
-            yield cell, seconds, causes, not cause
 
 
 def _write(grid: Grid, failed: Mapping[Path, tuple[float, list[str]]]) -> None:

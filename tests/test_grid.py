@@ -352,7 +352,7 @@ def test_outcomes_do_not_depend_on_who_runs_the_cells(fails: list[int], retries:
                 raise ValueError(f"no {len(causes)}\nand more")
             return 0.0, f"no {len(causes)}" if len(causes) < need else None
 
-        found = [*grid._outcomes(executor, work, cells, retries)]
+        found = [*engines.outcomes(executor, work, cells, retries)]
         assert len(found) == len(cells)
         return {cell.label: (causes, ended) for cell, _, causes, ended in found}
 
@@ -369,7 +369,7 @@ def test_futures_that_are_cancelled_are_a_lost_scheduler() -> None:
         raise CancelledError
 
     with refused("the scheduler was lost"):
-        [*grid._outcomes(InProcess(), lost, [grid.Cell(Path("n.ipynb"), {}, Path("0"), "0")], 1)]
+        [*engines.outcomes(InProcess(), lost, [grid.Cell(Path("n.ipynb"), {}, Path("0"), "0")], 1)]
 
 
 def test_a_worker_that_comes_later_with_other_versions_runs_nothing(tmp_path: Path) -> None:
