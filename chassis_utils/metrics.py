@@ -17,7 +17,7 @@ from .errors import ChassisError
 from .models import LanguageModel, Place
 from .probes import Probes
 
-BLOCK = 4_000_000  # logits a block
+BLOCK = 500_000  # logits a block, which stay in a cache
 
 
 def kl(expert_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

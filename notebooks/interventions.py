@@ -77,7 +77,7 @@ def moved_tokens(
     rows = []
     for label, a in sets.items():
         pieces, hidden = token_bytes(a.base.tokenizer), {k: h.to(a.base.device) for k, h in a.hidden.items()}
-        if len(a) * a.base.vocab_size > 4 * BLOCK:
+        if len(a) * a.base.vocab_size > 32 * BLOCK:
             raise ChassisError(f"{len(a)} rows of '{a.probes.name}' are too many to average at once: take fewer")
         means = {"expert": a.expert.readout(a.expert_hidden.to(a.base.device)).softmax(-1).mean(0)}
         for one in (Adapter.identity(a.base), *adapters[label]):
