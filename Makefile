@@ -6,8 +6,8 @@ READY := .venv/.installed
 
 .PHONY: book test lab bench clean distclean
 
-book: $(READY)  ## run every notebook, build the site
-	$(BIN)/chassis run --profile $(PROFILE)
+book: $(READY)  ## run every notebook that has not run as it stands, build the site
+	$(BIN)/chassis run --profile $(PROFILE) --missing
 	$(BIN)/chassis book --profile $(PROFILE)
 
 test: $(READY)  ## the tests, two files at a time, one thread each

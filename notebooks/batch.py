@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ import yaml
 import chassis_utils
 from chassis_utils import ChassisError
 from chassis_utils.files import locked, made
-from records import forget
+from records import FILE, forget, replace_text
 
 PARAMETERS = ("base", "expert", "n_train", "ranks", "layers", "seed", "device", "out_dir")
 _PROFILES = Path("notebooks", "profiles.yml")
@@ -147,14 +150,15 @@ def plan(notebooks: Sequence[str], profile: Profile, choices: Sequence[Mapping[s
 
 def run(
     notebooks: Sequence[str], profile: str | Profile, settings: Mapping[str, Any] | None = None,
-    out_dir: str | Path | None = None, progress: bool = True,
+    out_dir: str | Path | None = None, progress: bool = True, missing: bool = False,
 ) -> list[Path]:  # fmt: skip
     """Execute the notebooks of these stems, or all of a profile; each is published only if it ran to its end.
 
     A notebook that fails goes to `failed/`, its earlier page and records are removed, and the rest still runs.
     `settings` override the profile's parameters, `out_dir` is the profile's run folder unless given, and with
-    `progress` a line is printed for each. Returns the published notebooks. ChassisError for bad input, before anything
-    has run; or for notebooks that failed, after all have.
+    `progress` a line is printed for each. With `missing`, pages stay of which nothing has changed since (see `_stamp`):
+    what was killed goes on from the page it was at. Returns the published notebooks. ChassisError for bad input, before
+    anything has run; or for notebooks that failed, after all have.
     """
     profile = load_profile(profile) if isinstance(profile, str) else profile
     (planned,) = plan(notebooks, profile, [settings or {}])
@@ -163,14 +167,48 @@ def run(
     busy = f"another run is writing to {out}: wait for its end, or give another folder"
     with locked(out / ".run.lock", busy) as lock:
         for stem, values in planned.items():
+            source, mark = profile.root / "notebooks" / f"{stem}.ipynb", out / f".{stem}.stamp"
             clock = time.monotonic()
-            if cause := execute(profile.root / "notebooks" / f"{stem}.ipynb", out, values, lock):
+            if missing and mark.is_file() and mark.read_text() == _stamp(source, out, values):
+                print(f"{stem}: kept" if progress else "", end="\n" if progress else "", flush=True)
+                continue
+            mark.unlink(missing_ok=True)
+            if cause := execute(source, out, values, lock):
                 failures.append(f"{stem} ({cause})")
+            else:
+                replace_text(mark, _stamp(source, out, values))
             if progress:
                 print(f"{stem}: {'failed' if cause else 'done'}, {time.monotonic() - clock:.1f} s", flush=True)
     if failures:
         raise ChassisError(f"failed, see {out / 'failed'}: {'; '.join(failures)}")
     return [out / f"{stem}.ipynb" for stem in planned]
+
+
+def _stamp(source: Path, out: Path, values: Mapping[str, Any]) -> str:
+    """Hash of all that decides a page, and of what it left: itself, parameters, code and data, versions, its records.
+
+    A page that reads the records of others depends on all of them.
+    """
+    page, rows = out / source.name, out / FILE
+    if not page.is_file():
+        return "no page"
+    told = source.read_text(encoding="utf-8")
+    lines = rows.read_text(encoding="utf-8").splitlines() if rows.is_file() else []
+    own = [line for line in lines if "read_records" in told or json.loads(line)["notebook"] == source.stem]
+    parts = [told, json.dumps(values, sort_keys=True, default=str), page.read_text(encoding="utf-8"), *own]
+    parts += [_code(source.parent), _code(Path(chassis_utils.__file__).parent)]
+    parts += [sys.version, *map(version, ("torch", "transformers", "numpy", "plotly"))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+@cache
+def _code(folder: Path) -> str:
+    """Hash of the code and data in a folder, other notebooks aside."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix != ".ipynb" and not {"__pycache__", ".ipynb_checkpoints"} & {*path.parts}:
+            digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def execute(source: Path, out: Path, values: dict[str, Any], lock: int, memory: int | None = None,

@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--profile", default="pocket", help="a block of notebooks/profiles.yml (default: pocket)")
     run.add_argument("--set", dest="settings", type=_setting, action="append", default=[], metavar="KEY=VALUE")
     run.add_argument("--out", metavar="DIR", help="write here instead")
+    run.add_argument("--missing", action="store_true", help="keep pages of which nothing has changed since")
     grid = commands.add_parser("grid", help="execute notebooks times lists of parameters, what is missing of them")
     grid.add_argument("file", metavar="FILE", help="YAML: profile, notebooks, parameters to lists, retries")
     where = grid.add_mutually_exclusive_group()
@@ -89,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif options.command == "run":
             import batch
 
-            batch.run(options.notebooks, options.profile, dict(options.settings), options.out)
+            options.settings = dict(options.settings)
+            batch.run(options.notebooks, options.profile, options.settings, options.out, missing=options.missing)
         elif options.command == "grid":
             import grid
 

@@ -248,3 +248,35 @@ def test_a_book_is_built_only_from_executed_notebooks(inside: Path) -> None:
     failed.write_text(json.dumps(notebook))
     with pytest.raises(ChassisError, match=r"not executed: 3_stop \("):
         build_book("other")
+
+
+def test_a_run_goes_on_from_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pages stay until their source, parameters, code, records or page change; one that reads records, until any do."""
+    root = project(tmp_path / "toy")
+    notebooks, out = root / "notebooks", root / "book" / "run" / "toy"
+    write(notebooks, "3_stop", PARAMETERS, "from records import read_records; len(read_records(out_dir))")
+    profile = load_profile("toy", notebooks / "profiles.yml")
+
+    def again(**settings: object) -> list[str]:
+        batch._code.cache_clear()
+        capsys.readouterr()
+        run([], profile, settings, missing=True)
+        return [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if ": done" in line]
+
+    def changed(path: Path, text: str) -> None:
+        path.write_text(text)
+
+    every = ["1_look", "2_fail", "3_stop", "4_write"]
+    assert again() == every
+    assert again() == ["3_stop"], "4_write came after it, and its records are new"
+    assert again() == []
+    assert again(seed=3) == every
+    assert again(seed=3) == ["3_stop"] and again(seed=3) == []
+    (out / "1_look.ipynb").unlink()  # as of a run that was killed
+    assert again(seed=3) == ["1_look"]
+    rows = (out / "results.jsonl").read_text().splitlines()
+    changed(out / "results.jsonl", "\n".join(row for row in rows if '"4_write"' not in row) + "\n")
+    assert again(seed=3) == ["3_stop", "4_write"]
+    assert again(seed=3) == ["3_stop"]
+    changed(notebooks / "helper.py", "a = 1")
+    assert again(seed=3) == every
