@@ -16,6 +16,7 @@ comes out of a run that nobody killed.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -153,7 +154,10 @@ def _loaded(way: dict[str, Any], ways: dict[str, Any]) -> Expert:
         options = {name: ways[name] for name in ("device", "trust_remote_code")} | {"revision": way["commit"]}
         return load(way["name"], dtype=getattr(torch, way["dtype"]), **options)
     try:
-        return torch.load(way["file"], map_location=ways["device"], weights_only=False)
+        raw = Path(way["file"]).read_bytes()
+        if hashlib.sha256(raw).hexdigest() != way["sha256"]:  # a pickle runs code: only that which was sent
+            raise ChassisError(f"{way['file']} is not what was written there: who else can write to that folder?")
+        return torch.load(io.BytesIO(raw), map_location=ways["device"], weights_only=False)
     except (AttributeError, ImportError, OSError, RuntimeError, pickle.PickleError) as error:
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.120}"
         why = f"a worker cannot load {way['name']} ({why}): put its class in a module that workers import"
@@ -356,7 +360,7 @@ class Gathering:
                     torch.save(model, temporary)
             except (AttributeError, TypeError, pickle.PickleError) as error:
                 raise ChassisError(f"{model.name} cannot be sent to workers ({error!s:.150}): give a model") from error
-            return way | {"file": str(path)}
+            return way | {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         for edit in model.edits:
             self._save(edit, model)
         bare, folder = model.bare, Path(model.name).expanduser()

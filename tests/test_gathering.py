@@ -507,3 +507,28 @@ def test_an_edit_that_was_damaged_is_written_again(
         shutil.rmtree(next(tmp_path.glob("sums/*/tries.txt")).parent)
     with pytest.raises(ChassisError):
         Adapter.load(tmp_path / "sums" / "edits" / edit.revision)
+
+
+@dataclass
+class Ran:
+    """Makes a file when it is unpickled."""
+
+    mark: Path
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return Path.touch, (self.mark,)
+
+
+def test_an_expert_that_somebody_else_put_there_is_never_run(base: LanguageModel, tmp_path: Path) -> None:
+    """A pickle runs code: a worker takes only the one it was told the hash of."""
+    plain = SyntheticExpert.from_base(base, rank=2)
+    with Gathering(tmp_path / "sums", 32, workers=1) as several:
+        way = several._way(plain, torch.device("cpu"))
+    assert gathering._loaded(way, {"device": "cpu"}).revision == plain.revision
+    mark = tmp_path / "ran"
+    torch.save(Ran(mark), way["file"])
+    with refused("is not what was written there"):
+        gathering._loaded(way, {"device": "cpu"})
+    assert not mark.exists()
+    torch.load(way["file"], weights_only=False)
+    assert mark.exists(), "it would have run"
