@@ -1,15 +1,18 @@
-"""Kill a grid at random moments, `kill -9`, until it ends: nothing may be lost, and no figure may differ.
+"""Kill long work at random moments, `kill -9`, until it ends: nothing may be lost, and no figure may differ.
 
-    python benchmarks/kills.py --kills 20 --workers 2
+    python benchmarks/kills.py --kills 50 --what grid run harvest save [--workers 2] [--out notebooks/kills.json]
 
-The grid is of toy cells that take about two seconds. Each life of the command is ended after a time drawn from the
-whole length of an uninterrupted grid; one that ends by itself closes a round, whose tables must equal, to the bit,
-those of the grid that nobody killed. Printed: kills, rounds, cells run again, and rounds that differed.
+Each life of a command is ended after a time drawn from the whole length of an uninterrupted one; a life that ends by
+itself closes a round, whose results must equal, to the bit, those of the command that nobody killed. `grid` and `run`
+are of toy pages of about two seconds; `harvest` writes shards of eight prompts of the pocket models; `save` writes two
+adapters in turn over one another, and what is found after a kill must be one of them, whole. A line of JSON for each.
+`benchmarks/gathered.py --kills` does the same to a gathering.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -19,12 +22,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pandas as pd
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook
+
+from chassis_utils import Adapter, ChassisError
+from chassis_utils.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = """
@@ -34,31 +43,81 @@ with open("../begun.txt", "a") as file:
     print(seed, file=file)
 draw = random.Random(seed)
 for experiment in ("first", "second"):
-    records = Records(out_dir, experiment=experiment, notebook="cell", seed=seed)
+    records = Records(out_dir, experiment=experiment + suffix, notebook=stem, seed=seed)
     for rank in range(1, 200):
         records.add(metric="kl", value=draw.random(), method="ridge", rank=rank)
     records.save()
     time.sleep(0.2)
 """
+HARVEST = """
+import hashlib, sys
+from chassis_utils import activations, harvest, load, probe_set
+activations.SHARD = 8
+models = (load(f"pocket-{name}", device="cpu") for name in ("base", "math"))
+found = harvest(*models, probe_set("math-text", n=48), "all", out_dir="shards", batch_tokens=256, progress=False)
+digest = hashlib.sha256(found.expert_hidden.numpy().tobytes())
+for layer in found.layers:
+    digest.update(found.layer(layer).numpy().tobytes())
+open("digest.txt", "w").write(digest.hexdigest())
+"""
+SAVE = """
+from itertools import cycle
+from chassis_utils import Adapter
+for one in cycle([Adapter.load("first"), Adapter.load("second")]):
+    one.save("adapter")
+"""
+TIMES = {"time", "git", "seconds"}  # what two runs need not have alike
+
+
+@dataclass(frozen=True)
+class Work:
+    """A command in a folder, what it must leave, and what it is cleared of before a round."""
+
+    command: list[str]
+    left: Callable[[Path], Any]
+    fresh: tuple[str, ...]
+
+
+def notebook(path: Path, stem: str, suffix: str) -> None:
+    """A page that writes records twice."""
+    first = new_code_cell("seed = 0\nout_dir = '.'", metadata={"tags": ["parameters"]})
+    page = new_notebook(cells=[first, new_code_cell(f"stem, suffix = '{stem}', '{suffix}'"), new_code_cell(CODE)])
+    page.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(page, path / f"{stem}.ipynb")
 
 
 def project(root: Path, cells: int) -> Path:
-    """A project of one notebook that writes records twice, and a grid of so many cells."""
+    """A project of some pages, and a grid of as many cells of the first."""
     (root / "notebooks").mkdir(parents=True)
-    first = new_code_cell("seed = 0\nout_dir = '.'", metadata={"tags": ["parameters"]})
-    notebook = new_notebook(cells=[first, new_code_cell(CODE)])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, root / "notebooks" / "cell.ipynb")
-    toy = {"description": "toy", "defaults": {}, "notebooks": {"cell": {}}}
-    (root / "notebooks" / "profiles.yml").write_text(yaml.safe_dump({"toy": toy}))
+    stems = ["cell", *(f"page{i}" for i in range(1, cells))]
+    for stem in stems:
+        notebook(root / "notebooks", stem, "" if stem == "cell" else f"_{stem}")
+    toy = {"description": "toy", "defaults": {}, "notebooks": {stem: {} for stem in stems}}
+    (root / "notebooks" / "profiles.yml").write_text(yaml.safe_dump({"toy": toy}, sort_keys=False))
     whole = {"profile": "toy", "notebooks": ["cell"], "parameters": {"seed": [*range(cells)]}}
     (root / "grid.yml").write_text(yaml.safe_dump(whole))
     return root
 
 
-def live(root: Path, workers: int, seconds: float | None = None) -> bool:
-    """Run the command, for so many seconds at most; whether it ended by itself, and well."""
-    command = [sys.executable, "-m", "chassis_utils.cli", "grid", "grid.yml", "--workers", str(workers)]
+def tables(root: Path) -> list[dict]:
+    """All records of a grid, and its cells."""
+    out = root / "book" / "run" / "toy" / "grid" / "grid"
+    frames = (pd.read_csv(out / name) for name in ("grid.csv", "cells.csv"))
+    return [frame.drop(columns=[*TIMES & {*frame}]).fillna("").to_dict("list") for frame in frames]
+
+
+def pages(root: Path) -> list:
+    """All records of a run, and the outputs of its pages."""
+    out = root / "book" / "run" / "toy"
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    rows = [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+    rows.sort(key=lambda row: json.dumps(row, sort_keys=True))  # a page that ran later wrote later
+    whole = {path.name: [cell.get("outputs") for cell in nbformat.read(path, 4).cells] for path in out.glob("*.ipynb")}
+    return [rows, whole, sorted(path.name for path in out.glob(".*.partial*"))]
+
+
+def live(root: Path, command: list[str], seconds: float | None = None) -> bool:
+    """Run a command, for so many seconds at most; whether it ended by itself, and well."""
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "notebooks")))
     options = {"cwd": root, "env": os.environ | {"PYTHONPATH": paths}, "stdout": subprocess.DEVNULL, "text": True}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, **options)
@@ -69,42 +128,91 @@ def live(root: Path, workers: int, seconds: float | None = None) -> bool:
         process.communicate()
         return False
     if process.returncode:
-        raise SystemExit(f"a grid failed: {told}")
+        raise SystemExit(f"it failed: {told}")
     return True
 
 
-def tables(root: Path) -> list[pd.DataFrame]:
-    """What must not differ: all records but their times, all cells but theirs."""
-    out = root / "book" / "run" / "toy" / "grid" / "grid"
-    gone = {"grid.csv": ["time", "git"], "cells.csv": ["seconds"]}
-    return [pd.read_csv(out / name).drop(columns=columns) for name, columns in gone.items()]
+def works(workers: int) -> dict[str, Work]:
+    """What ends by itself."""
+    chassis = [sys.executable, "-m", "chassis_utils.cli"]
+    grid = [*chassis, "grid", "grid.yml", "--workers", str(workers)]
+    return {
+        "grid": Work(grid, tables, ("book", "begun.txt")),
+        "run": Work([*chassis, "run", "--profile", "toy", "--missing"], pages, ("book", "begun.txt")),
+        "harvest": Work([sys.executable, "-c", HARVEST], lambda root: (root / "digest.txt").read_text(),
+                        ("shards", "digest.txt")),
+    }  # fmt: skip
+
+
+def killed(root: Path, work: Work, kills: int, cells: int, draw: random.Random) -> dict[str, Any]:
+    """Rounds of a work, each killed until it ends, until there were so many kills."""
+    begun, done, moments, rounds, again, differ = root / "begun.txt", 0, [], 0, 0, 0
+    clock = time.monotonic()
+    live(root, work.command)
+    length, whole = time.monotonic() - clock, work.left(root)
+    while done < kills:
+        for name in work.fresh:
+            shutil.rmtree(root / name) if (root / name).is_dir() else (root / name).unlink(missing_ok=True)
+        # The last round is left to end.
+        while not live(root, work.command, moment := length * draw.random() if done < kills else None):
+            done += 1
+            moments.append(round(moment / length, 3))
+        rounds += 1
+        again += len(begun.read_text().splitlines()) - cells if begun.exists() else 0
+        differ += work.left(root) != whole
+    told = {"kills": done, "rounds": rounds, "begun_again": again, "rounds_that_differ": differ}
+    return told | {"seconds_of_a_round": round(length, 1), "moments": moments}
+
+
+def saved(root: Path, kills: int, draw: random.Random) -> dict[str, Any]:
+    """Saves over one another, killed at moments after the first; what is there each time is one of the two, whole."""
+    shape, revisions, lost, moments = (512, 64, 4096), [], 0, []
+    import torch
+
+    for seed, name in enumerate(("first", "second")):
+        own = torch.Generator().manual_seed(seed)
+        maps = (torch.randn(size, generator=own) for size in (shape[:2], shape[1:], shape[2:]))
+        one = Adapter("ridge", 1, *maps, "pocket-base", "0" * 16)
+        revisions.append(one.revision)
+        one.save(root / name)
+    for _ in range(kills):
+        shutil.rmtree(root / "adapter", ignore_errors=True)
+        process = subprocess.Popen([sys.executable, "-c", SAVE], cwd=root, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        while not (root / "adapter").exists():
+            time.sleep(0.01)
+        moments.append(moment := draw.random())
+        time.sleep(moment)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        try:
+            lost += Adapter.load(root / "adapter").revision not in revisions
+        except ChassisError:
+            lost += 1
+    return {"kills": kills, "lost": lost, "moments": [round(one, 3) for one in moments]}
 
 
 def main() -> None:
-    """Print one line of JSON."""
+    """Print one line of JSON for each work, and with --out write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--what", nargs="+", choices=["grid", "run", "harvest", "save"], default=["grid"])
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--cells", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a JSON file, of which other works are kept")
     options = parser.parse_args()
-    draw, kills, rounds, again, differ = random.Random(options.seed), 0, 0, 0, 0
-    with tempfile.TemporaryDirectory() as folder:
-        root = project(Path(folder) / "toy", options.cells)
-        clock = time.monotonic()
-        live(root, options.workers)
-        length, whole = time.monotonic() - clock, tables(root)
-        while kills < options.kills:
-            shutil.rmtree(root / "book")
-            (root / "begun.txt").unlink()
-            # The last round is left to end.
-            while not live(root, options.workers, length * draw.random() if kills < options.kills else None):
-                kills += 1
-            rounds, begun = rounds + 1, len((root / "begun.txt").read_text().splitlines())
-            again += begun - options.cells
-            differ += not all(a.equals(b) for a, b in zip(whole, tables(root), strict=True))
-    print(json.dumps({"workers": options.workers, "kills": kills, "rounds": rounds, "cells_run_again": again,
-                      "rounds_that_differ": differ, "seconds_of_a_grid": round(length, 1)}))  # fmt: skip
+    for what in options.what:
+        draw = random.Random(int(hashlib.sha256(f"{what} {options.seed}".encode()).hexdigest()[:8], 16))
+        with tempfile.TemporaryDirectory() as folder:
+            root = project(Path(folder) / "toy", options.cells)
+            work = works(options.workers).get(what)
+            told = killed(root, work, options.kills, options.cells, draw) if work else saved(root, options.kills, draw)
+        told = {"what": what, "workers": options.workers} | told
+        print(json.dumps({name: value for name, value in told.items() if name != "moments"}), flush=True)
+        if options.out:
+            known = json.loads(options.out.read_text()) if options.out.exists() else {}
+            with replacing(options.out) as temporary:
+                temporary.write_text(json.dumps(known | {f"{what}, {options.workers} workers": told}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
