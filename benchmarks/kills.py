@@ -1,6 +1,6 @@
 """Kill long work at random moments, `kill -9`, until it ends: nothing may be lost, and no figure may differ.
 
-    python benchmarks/kills.py --kills 50 --what grid run harvest save [--workers 2] [--out notebooks/kills.json]
+    python benchmarks/kills.py --kills 50 --what grid run harvest save [--workers 2] [--out kills.json]
 
 Each life of a command is ended after a time drawn from the whole length of an uninterrupted one; a life that ends by
 itself closes a round, whose results must equal, to the bit, those of the command that nobody killed. `grid` and `run`

@@ -360,7 +360,7 @@ def difference(
     Returns `W (p, expert hidden + hidden)`, its bias, and the statistics used.
     """
     if isinstance(a, Statistics):
-        return *ridge(gram := a.gram, lam), gram
+        return *ridge(gram := a.train + a.held, lam), gram
     x = a.layer(layer) if features is None else features({place: a.layer(place) for place in features.places})
     gram = Gram.of(x, torch.cat([a.expert_hidden, a.hidden[a.final]], dim=1))
     return *ridge(gram, lam), gram

@@ -155,7 +155,7 @@ def _read_out(
             ours = (x[:, columns].double() @ weight + bias).float() @ both.float() + shift.float()
             tried.append((float(kl(target, base.readout.cap(start + ours)).mean()), lam, columns, features))
     reached, lam, columns, features = min(tried, key=lambda one: one[0])
-    gram = stats.gram.part(columns)
+    gram = (stats.train + stats.held).part(columns)
     weight, bias = scaled_ridge(gram, lam)
     weights = column_weights(stats) if metric == "kl" else None
     factors = low_rank(weight, gram.covariance, both, weights)

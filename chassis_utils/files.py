@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import shutil
@@ -68,14 +69,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         with _writing(path):
             yield temporary
-            if temporary.is_dir() and final.is_dir():
-                # One rename cannot replace a folder: the old one waits beside it until the new one is there.
-                os.replace(final, aside)
-            os.replace(temporary, final)
+            both = temporary.is_dir() and final.is_dir()
+            if both and not _exchanged(temporary, final):
+                os.replace(final, aside)  # the old one waits beside the new one
+            if not both or aside.exists():
+                os.replace(temporary, final)
     finally:
         if aside.exists() and not final.exists():
             os.replace(aside, final)
         _remove(temporary, aside)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two folders take each other's place in one step, as a rename cannot; False where the system cannot either."""
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None)
+    return exchange is not None and exchange(-100, os.fsencode(one), -100, os.fsencode(other), 2) == 0
 
 
 def _remove(*paths: Path) -> None:

@@ -40,9 +40,8 @@ Live = LanguageModel | Bridge | Bridging  #: An expert that runs beside the base
 Plug = Adapter | Live
 TAIL = 8  # tokens that others are decoded behind, when a stop string is looked for: a first space depends on them
 #: Settings of `transformers`' generate that are the port's own, or of which texts come out that it cannot tell apart.
-OWN = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "streamer", "stopping_criteria", "max_length"}
-OWN |= {"num_return_sequences", "return_dict_in_generate", "generation_config", "custom_generate", "past_key_values"}
-OWN |= {"assistant_model", "eta_cutoff"}
+OWN = {*"inputs input_ids inputs_embeds attention_mask streamer stopping_criteria eta_cutoff past_key_values".split()}
+OWN |= {*"num_return_sequences return_dict_in_generate generation_config custom_generate assistant_model".split()}
 _WARPERS = {"temperature": warpers.TemperatureLogitsWarper, "top_k": warpers.TopKLogitsWarper}
 _WARPERS |= {"top_p": warpers.TopPLogitsWarper, "min_p": warpers.MinPLogitsWarper}
 _WARPERS |= {"typical_p": warpers.TypicalLogitsWarper, "epsilon_cutoff": warpers.EpsilonLogitsWarper}
@@ -83,8 +82,7 @@ class Port:
         self._strengths: dict[str, float] = {}
         self._weights: dict[str, float] = {}
         self._busy, self._passing, self._hooks = threading.Lock(), threading.RLock(), ExitStack()
-        self._adding: list[_Weighted] = []
-        self._noted: frozenset[Place] | None = None
+        self._adding, self._noted = self._active(Adapter), frozenset[Place]()
         # Other modules around the same tensors: hooks on these are none on the base's.
         tensors = {id(one): one for one in (*base.model.parameters(), *base.model.buffers())}
         self._twin = copy.copy(base)
@@ -216,11 +214,11 @@ class Port:
             self._adding, self._twin.edits = active, edits
             places = {place for one in active for place in one.reads} - {final}
             noted = {place for edit in edits for place in (edit.changes, *edit.reads)} | places | {final}
-            if (noted := frozenset(noted) if active else None) == self._noted:
+            if (noted := frozenset(noted if active else ())) == self._noted:
                 return
             self._hooks.close()
             self._noted = noted
-            if noted is None:
+            if not noted:
                 return
             seen = self._hooks.enter_context(self._twin.on_the_way([*noted], final))
 
@@ -284,8 +282,7 @@ class Port:
         rows = [base.prompt_ids(one) for one in (prompt if several else [prompt])]
         numbers = isinstance(max_new_tokens, int) and isinstance(seed, int) and max_new_tokens > 0 <= seed < 2**63
         if not numbers or not rows or (stream and len(rows) != 1) or not all(isinstance(x, str) and x for x in stops):
-            wanted = "a prompt (one to stream), stop strings that are not empty, 1 or more tokens, a seed from 0"
-            raise ChassisError(f"give {wanted}")
+            raise ChassisError("give a prompt, one to stream, stop strings that are not empty, 1 or more tokens, seed")
         if own := OWN & settings.keys():
             raise ChassisError(f"{', '.join(sorted(own))} is the port's to set: leave it out, or use port.model")
         limits = [min(max_new_tokens, base.context - len(row)) for row in rows]

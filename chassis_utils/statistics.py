@@ -53,11 +53,6 @@ class Statistics:
     def __len__(self) -> int:
         return self.train.n + self.held.n
 
-    @property
-    def gram(self) -> Gram:
-        """All rows."""
-        return self.train + self.held
-
 
 def gather(
     base: LanguageModel, expert: Expert, probes: Probes, features: Features,

@@ -287,6 +287,7 @@ def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", stopped)
+        patched.setattr("chassis_utils.files._exchanged", lambda *_: False)
         with refused(str(saved), "cannot write", "Input/output error"):
             other.save(saved)
     assert Adapter.load(saved).method == "rrr" and [p.name for p in saved.parent.iterdir()] == ["adapter"]
@@ -299,6 +300,13 @@ def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert Adapter.load(saved).method == "rrr" and [p.name for p in saved.parent.iterdir()] == ["adapter"]
+    # Where two folders cannot be exchanged in one step, two renames do it.
+    with monkeypatch.context() as patched:
+        patched.setattr("chassis_utils.files._exchanged", lambda *_: False)
+        other.save(saved)
+    assert Adapter.load(saved).method == "v1" and [p.name for p in saved.parent.iterdir()] == ["adapter"]
+    replace(other, method="again").save(saved)
+    assert Adapter.load(saved).method == "again" and [p.name for p in saved.parent.iterdir()] == ["adapter"]
     # Through a link, the folder that it leads to.
     (saved.parent / "link").symlink_to(saved)
     other.save(saved.parent / "link")

@@ -99,7 +99,8 @@ def test_statistics_are_those_of_all_rows_at_once(rows: Activations, expert: Lan
     for size in (64, 4096):
         sums = gather(rows.base, expert, prompts, features, batch_tokens=size, progress=False)
         for name in ("n", "x", "y", "xx", "xy"):
-            given, wanted = (torch.as_tensor(getattr(g, name), dtype=torch.float64) for g in (sums.gram, whole))
+            both = sums.train + sums.held, whole
+            given, wanted = (torch.as_tensor(getattr(g, name), dtype=torch.float64) for g in both)
             torch.testing.assert_close(given, wanted, rtol=1e-5, atol=1e-3)
     odd = [i for i in range(len(prompts)) if i % 2]
     halves = [
@@ -108,7 +109,7 @@ def test_statistics_are_those_of_all_rows_at_once(rows: Activations, expert: Lan
     ]
     both = [gather(rows.base, expert, half, features, progress=False) for half in halves]
     for total in (both[0] + both[1], both[1] + both[0]):
-        torch.testing.assert_close(total.gram.xy, whole.xy, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close((total.train + total.held).xy, whole.xy, rtol=1e-5, atol=1e-3)
         assert len(total) == len(rows)
     assert fit(both[0] + both[1], "rrr").fitted_on == prompts.fingerprints
 
