@@ -10,7 +10,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -31,6 +32,7 @@ from chassis_utils.files import locked, made
 from records import FILE, forget, replace_text
 
 PARAMETERS = ("base", "expert", "n_train", "ranks", "layers", "seed", "device", "out_dir")
+PATIENCE = 5  # seconds
 _PROFILES = Path("notebooks", "profiles.yml")
 
 
@@ -165,7 +167,7 @@ def run(
     out = (profile.run_dir if out_dir is None else Path(out_dir)).resolve()
     failures: list[str] = []
     busy = f"another run is writing to {out}: wait for its end, or give another folder"
-    with locked(out / ".run.lock", busy) as lock:
+    with _alone(out / ".run.lock", busy) as lock:
         for stem, values in planned.items():
             source, mark = profile.root / "notebooks" / f"{stem}.ipynb", out / f".{stem}.stamp"
             clock = time.monotonic()
@@ -182,6 +184,22 @@ def run(
     if failures:
         raise ChassisError(f"failed, see {out / 'failed'}: {'; '.join(failures)}")
     return [out / f"{stem}.ipynb" for stem in planned]
+
+
+@contextmanager
+def _alone(path: Path, busy: str) -> Iterator[int]:
+    """Hold a run's lock; a page whose run was killed needs a moment to notice, and holds it until then."""
+    limit = time.monotonic() + PATIENCE
+    with ExitStack() as stack:
+        while True:
+            try:
+                held = stack.enter_context(locked(path, busy))
+                break
+            except ChassisError:
+                if time.monotonic() > limit:
+                    raise
+                time.sleep(0.1)
+        yield held
 
 
 def _stamp(source: Path, out: Path, values: Mapping[str, Any]) -> str:
