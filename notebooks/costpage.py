@@ -249,7 +249,8 @@ def curve_figure(curves: Mapping[str, Mapping[str, Any]], first: str = "") -> go
         begin = math.log10(one["tokens"][0])
         onward = [10 ** (begin + k / 40 * (9 - begin)) for k in range(41)]
         ends = [interval(one["law"](n)) for n in onward]
-        band = [high for *_, high in ends] + [low for _, low, _ in ends][::-1]
+        top = 1.2 * float(one["each"].max())  # a band that is wide where little was told would flatten all else
+        band = [min(high, top) for *_, high in ends] + [low for _, low, _ in ends][::-1]
         common = {"meta": [name]}
         figure.add_scatter(
             x=onward + onward[::-1], y=_numbers(band), fill="toself", mode="lines", line={"width": 0},
