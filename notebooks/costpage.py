@@ -16,7 +16,7 @@ from chassis_utils import ChassisError, LanguageModel, Probes
 from chassis_utils.activations import batched, tokenize
 from chassis_utils.metrics import ratio_bounds
 from chassis_utils.statistics import FOLD
-from costs import DEVICES, LENGTH, Rates, Shape, bill, overhead, sizes, stages
+from costs import BATCH, DEVICES, LENGTH, Rates, Shape, bill, overhead, sizes, stages
 from crowd import Costs
 from curves import drawn, interval, laws
 from plots import GREY, PALETTE, _buttons, _dropdowns, _finish, _numbers, _owned
@@ -66,7 +66,7 @@ def counted(shapes: Mapping[str, Shape], tokens: int, rank: int) -> pd.DataFrame
 def padding(base: LanguageModel, probes: Probes) -> dict[str, float]:
     """Tokens of prompts, padded ones over these, the length of a padded token's prompt on average, rows held out."""
     ids = tokenize(base, probes)[0]
-    batches = [tokens for _, tokens, _ in batched(ids, 4096)]
+    batches = [tokens for _, tokens, _ in batched(ids, BATCH)]
     tokens, padded = sum(map(len, ids)), sum(one.numel() for one in batches)
     length = sum(one.numel() * one.shape[1] for one in batches) / padded
     held = sum(map(len, ids[FOLD - 1 :: FOLD])) if len(ids) >= FOLD else len(ids[-1])
@@ -249,7 +249,8 @@ def curve_figure(curves: Mapping[str, Mapping[str, Any]], first: str = "") -> go
         begin = math.log10(one["tokens"][0])
         onward = [10 ** (begin + k / 40 * (9 - begin)) for k in range(41)]
         ends = [interval(one["law"](n)) for n in onward]
-        top = 1.2 * float(one["each"].max())  # a band that is wide where little was told would flatten all else
+        # A band that is wide where little was told would flatten all else.
+        top = 1.2 * max(one["bare"], float(one["each"].max()))
         band = [min(high, top) for *_, high in ends] + [low for _, low, _ in ends][::-1]
         common = {"meta": [name]}
         figure.add_scatter(
@@ -269,6 +270,10 @@ def curve_figure(curves: Mapping[str, Mapping[str, Any]], first: str = "") -> go
             x=_numbers(n for n in one["tokens"] for _ in range(one["each"].shape[1])),
             y=_numbers(one["each"].flatten().tolist()), mode="markers", name="measured, one a subset",
             marker={"color": GREY, "size": 6}, hovertemplate="%{x:,.0f} tokens: %{y:.4g}<extra></extra>", **common,
+        )  # fmt: skip
+        figure.add_scatter(
+            x=_numbers([onward[0], onward[-1]]), y=_numbers([one["bare"]] * 2), mode="lines", name="bare base",
+            line={"color": GREY, "dash": "dash"}, hovertemplate="bare base: %{y:.4g}<extra></extra>", **common,
         )  # fmt: skip
         stop, *_ = one["enough"]
         figure.add_scatter(
@@ -295,7 +300,8 @@ def stopping(curves: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     for name, one in curves.items():
         (off, low, high), (stop, least, most), (floor, *ends) = (one[key] for key in ("off", "enough", "floor"))
         rows.append(
-            {"curve": name, "features": one["features"], "largest": one["tokens"][-1], "KL there": one["kl"][-1]}
+            {"curve": name, "features": one["features"], "bare base": one["bare"]}
+            | {"largest": one["tokens"][-1], "KL there": one["kl"][-1]}
             | {"told from": one["tokens"][one["fewer"] - 1], "told / measured": f"{off:.3f} ({low:.3f} to {high:.3f})"}
             | {"KL in the limit": f"{floor:.3f} ({ends[0]:.3f} to {ends[1]:.3f})"}
             | {"enough": f"{stop:,.0f} ({least:,.0f} to {most:,.0f})", "a feature": stop / one["features"]}
