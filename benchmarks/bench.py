@@ -132,6 +132,14 @@ def ratios(over: str, parts: dict[str, Callable[[], object]]) -> dict[str, list[
     return quotients(timed(parts), over, [name for name in parts if name != over])
 
 
+def command(main: Callable[[], bool | None]) -> None:
+    """Run a script's `main` and end: with 1 where it missed a target, at bad input with a line that names it."""
+    try:
+        sys.exit(main() is False)
+    except ChassisError as error:
+        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+
+
 def alone(function: Callable[..., Any], several: Iterable[tuple]) -> list[Any]:
     """What the function gives for each set of arguments, each in a new process of its own."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
@@ -227,7 +235,4 @@ def main() -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(not main())
-    except ChassisError as error:
-        sys.exit(f"bench: {error}")
+    command(main)

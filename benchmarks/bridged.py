@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from bench import command
 from corpora import text
 
-from chassis_utils import Bridge, ChassisError, ForeignExpert, Probes, evaluate, fit, harvest, load
+from chassis_utils import Bridge, ForeignExpert, Probes, evaluate, fit, harvest, load
 from records import replace_text
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
@@ -95,7 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ChassisError as error:
-        sys.exit(f"bridged: {error}")
+    command(main)

@@ -3,14 +3,13 @@
 import argparse
 import random
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench import REPETITIONS, quotients, reached, setting, show, timed, write
+from bench import REPETITIONS, command, quotients, reached, setting, show, timed, write
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -158,7 +157,4 @@ def main() -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(not main())
-    except ChassisError as error:
-        sys.exit(f"bridges: {error}")
+    command(main)

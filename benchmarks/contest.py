@@ -20,10 +20,10 @@ import pandas as pd
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "notebooks")]
-from bench import keep  # noqa: E402
+from bench import command, keep  # noqa: E402
 from corpora import EXPERTS, text  # noqa: E402
 
-from chassis_utils import ChassisError, LanguageModel, evaluate, fit, harvest, load  # noqa: E402
+from chassis_utils import LanguageModel, evaluate, fit, harvest, load  # noqa: E402
 from trained import COLUMNS, Contest, choose_lr, head_only, lora, tuned_lens, weight_svd  # noqa: E402
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "contest.json"
@@ -193,7 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ChassisError as error:
-        sys.exit(f"contest: {error}")
+    command(main)

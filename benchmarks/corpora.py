@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pandas as pd
+from bench import command
 
-from chassis_utils import ChassisError, LanguageModel, Probes, evaluate, fit, harvest, load
+from chassis_utils import LanguageModel, Probes, evaluate, fit, harvest, load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
 from pocket_recipe import read_corpora  # noqa: E402
@@ -71,7 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ChassisError as error:
-        sys.exit(f"corpora: {error}")
+    command(main)

@@ -5,7 +5,6 @@ python benchmarks/costs.py [--parts rates checks curve shards] [--tokens 2048]
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Callable
 from functools import reduce
@@ -15,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from bench import alone, keep, setting
+from bench import alone, command, keep, setting
 from safetensors.torch import load_file, save_file
 from scale import TINYLLAMA, random_model, turned, words
 from tqdm.auto import tqdm
@@ -191,7 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ChassisError as error:
-        sys.exit(f"costs: {error}")
+    command(main)

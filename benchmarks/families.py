@@ -5,13 +5,12 @@ python benchmarks/families.py [--passages 64] [--small 16] [--out FILE]; `README
 
 import argparse
 import statistics
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
-from bench import RANKS, alone, bare, forget, keep, peak, quotients, reached, setting, show, timed, whole
+from bench import RANKS, alone, bare, command, forget, keep, peak, quotients, reached, setting, show, timed, whole
 
 from chassis_utils import (
     Activations,
@@ -134,7 +133,4 @@ def main() -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(not main())
-    except ChassisError as error:
-        sys.exit(f"families: {error}")
+    command(main)

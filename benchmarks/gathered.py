@@ -13,19 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import resource
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from lives import life
+
 TIMES = 16
 
 
@@ -62,18 +60,9 @@ def live(out: Path, workers: int, shards: int, size: int, warm: bool) -> dict[st
 
 def run(out: Path, *words: Any, seconds: float | None = None) -> dict[str, Any] | None:
     """`live` in a new process, ended after so many seconds; None if it was."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "notebooks"))), "OMP_NUM_THREADS": "1"}
-    options = {"env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, __file__, "--live", str(out), *map(str, words)], **options)
-    try:
-        told, wrong = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        return None
-    if process.returncode:
-        raise SystemExit(f"a run failed: {wrong}")
-    return json.loads(told.splitlines()[-1])
+    command = [sys.executable, __file__, "--live", str(out), *map(str, words)]
+    told = life(command, seconds, env={"OMP_NUM_THREADS": "1"})
+    return told if told is None else json.loads(told.splitlines()[-1])
 
 
 def speed(root: Path, rounds: int) -> dict[str, Any]:

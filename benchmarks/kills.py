@@ -12,7 +12,6 @@ adapters in turn over one another, and what is found after a kill must be one of
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -30,12 +29,12 @@ from typing import Any
 import nbformat
 import pandas as pd
 import yaml
+from lives import ROOT, life
 from nbformat.v4 import new_code_cell, new_notebook
 
 from chassis_utils import Adapter, ChassisError
 from chassis_utils.files import replacing
 
-ROOT = Path(__file__).resolve().parents[1]
 CODE = """
 import random, time
 from records import Records
@@ -116,22 +115,6 @@ def pages(root: Path) -> list:
     return [rows, whole, sorted(path.name for path in out.glob(".*.partial*"))]
 
 
-def live(root: Path, command: list[str], seconds: float | None = None) -> bool:
-    """Run a command, for so many seconds at most; whether it ended by itself, and well."""
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "notebooks")))
-    options = {"cwd": root, "env": os.environ | {"PYTHONPATH": paths}, "stdout": subprocess.DEVNULL, "text": True}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, **options)
-    try:
-        _, told = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        return False
-    if process.returncode:
-        raise SystemExit(f"it failed: {told}")
-    return True
-
-
 def works(workers: int) -> dict[str, Work]:
     """What ends by itself."""
     chassis = [sys.executable, "-m", "chassis_utils.cli"]
@@ -148,13 +131,13 @@ def killed(root: Path, work: Work, kills: int, cells: int, draw: random.Random) 
     """Rounds of a work, each killed until it ends, until there were so many kills."""
     begun, done, moments, rounds, again, differ = root / "begun.txt", 0, [], 0, 0, 0
     clock = time.monotonic()
-    live(root, work.command)
+    life(work.command, cwd=root)
     length, whole = time.monotonic() - clock, work.left(root)
     while done < kills:
         for name in work.fresh:
             shutil.rmtree(root / name) if (root / name).is_dir() else (root / name).unlink(missing_ok=True)
         # The last round is left to end.
-        while not live(root, work.command, moment := length * draw.random() if done < kills else None):
+        while life(work.command, moment := length * draw.random() if done < kills else None, root) is None:
             done += 1
             moments.append(round(moment / length, 3))
         rounds += 1
@@ -202,7 +185,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file, of which other works are kept")
     options = parser.parse_args()
     for what in options.what:
-        draw = random.Random(int(hashlib.sha256(f"{what} {options.seed}".encode()).hexdigest()[:8], 16))
+        draw = random.Random(f"{what} {options.seed}")
         with tempfile.TemporaryDirectory() as folder:
             root = project(Path(folder) / "toy", options.cells)
             work = works(options.workers).get(what)

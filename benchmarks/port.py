@@ -6,7 +6,6 @@ python benchmarks/port.py [--sizes 512 1024 TinyLlama] [--tokens 8]
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
@@ -14,10 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from bench import alone, setting
+from bench import alone, command, setting
 from scale import TINYLLAMA, _memory, like_tinyllama, random_model
 
-from chassis_utils import Adapter, ChassisError, Features, LanguageModel, Port, load
+from chassis_utils import Adapter, Features, LanguageModel, Port, load
 from porting import overhead, swap
 
 SIZES = ("512", "1024", "TinyLlama")
@@ -103,7 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ChassisError as error:
-        sys.exit(f"port: {error}")
+    command(main)

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import torch
-from bench import quotients, setting, show, timed
+from bench import command, quotients, setting, show, timed
 from corpora import text
 
-from chassis_utils import ChassisError, LanguageModel, Probes, Router, load, probe_set
+from chassis_utils import LanguageModel, Probes, Router, load, probe_set
 from porting import by_length
 from routes import confusion
 
@@ -110,7 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ChassisError as error:
-        sys.exit(f"routing: {error}")
+    command(main)

@@ -6,7 +6,6 @@ python benchmarks/scale.py [--sizes 512 768 1024 1536 2048] [--wide 4096]; `READ
 import argparse
 import ctypes
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from bench import RANKS, alone, bare, keep, setting, whole
+from bench import RANKS, alone, bare, command, keep, setting, whole
 from scipy.stats import t
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -431,7 +430,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ChassisError as error:
-        sys.exit(f"scale: {error}")
+    command(main)

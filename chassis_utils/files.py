@@ -70,9 +70,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with _writing(path):
             yield temporary
             both = temporary.is_dir() and final.is_dir()
-            if both and not _exchanged(temporary, final):
-                os.replace(final, aside)  # the old one waits beside the new one
-            if not both or aside.exists():
+            if not (both and _exchanged(temporary, final)):
+                if both:
+                    os.replace(final, aside)  # the old one waits beside the new one
                 os.replace(temporary, final)
     finally:
         if aside.exists() and not final.exists():
@@ -82,7 +82,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def _exchanged(one: Path, other: Path) -> bool:
     """Let two folders take each other's place in one step, as a rename cannot; False where the system cannot either."""
-    exchange = getattr(ctypes.CDLL(None), "renameat2", None)
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None)  # -100 is AT_FDCWD there, 2 RENAME_EXCHANGE
     return exchange is not None and exchange(-100, os.fsencode(one), -100, os.fsencode(other), 2) == 0
 
 

@@ -273,9 +273,9 @@ class Port:
         A text ends before the first `stop` string, at the base's end of text, after `max_new_tokens`, or at the end of
         its context; a character that is cut off there is left out. With `stream` it comes piece by piece, whole
         characters each; closing the iterator ends the generation. It is greedy unless `temperature`, `top_k`, `top_p`,
-        `min_p` or `do_sample` is given, which draw by a `seed` of their own; the other `settings` are those of
-        `transformers`' `generate`. ChassisError for a prompt that is no text or leaves no room in the context, an empty
-        stop string, a setting that is unknown or the port's own, or several prompts to stream.
+        `min_p`, `typical_p`, `epsilon_cutoff` or `do_sample` is given, which draw by a `seed` of their own; the other
+        `settings` are those of `transformers`' `generate`. ChassisError for a prompt that is no text or leaves no room
+        in the context, an empty stop string, a setting that is unknown or the port's own, or several prompts to stream.
         """
         base, several = self.base, isinstance(prompt, Sequence) and not isinstance(prompt, str)
         stops = [*stop] if isinstance(stop, Sequence) and not isinstance(stop, str) else [stop]

@@ -172,7 +172,8 @@ def run(
             source, mark = profile.root / "notebooks" / f"{stem}.ipynb", out / f".{stem}.stamp"
             clock = time.monotonic()
             if missing and mark.is_file() and mark.read_text() == _stamp(source, out, values):
-                print(f"{stem}: kept" if progress else "", end="\n" if progress else "", flush=True)
+                if progress:
+                    print(f"{stem}: kept", flush=True)
                 continue
             mark.unlink(missing_ok=True)
             if cause := execute(source, out, values, lock):
@@ -212,7 +213,8 @@ def _stamp(source: Path, out: Path, values: Mapping[str, Any]) -> str:
         return "no page"
     told = source.read_text(encoding="utf-8")
     lines = rows.read_text(encoding="utf-8").splitlines() if rows.is_file() else []
-    own = [line for line in lines if "read_records" in told or json.loads(line)["notebook"] == source.stem]
+    mine = f'"notebook": {json.dumps(source.stem)}'
+    own = [line for line in lines if "read_records" in told or mine in line]
     parts = [told, json.dumps(values, sort_keys=True, default=str), page.read_text(encoding="utf-8"), *own]
     parts += [_code(source.parent), _code(Path(chassis_utils.__file__).parent)]
     parts += [sys.version, *map(version, ("torch", "transformers", "numpy", "plotly"))]

@@ -62,12 +62,12 @@ def timed(call: Callable[[], object], least: float = 0.1, most: int = 15) -> flo
     return statistics.median(times)
 
 
-def body(hidden: int, blocks: int = 2, kept: int = 0) -> tuple[LlamaModel, Shape]:
-    """Blocks of a Llama with random weights in TinyLlama's proportions, and their sizes."""
+def body(hidden: int) -> tuple[LlamaModel, Shape]:
+    """Two blocks of a Llama with random weights in TinyLlama's proportions, and their sizes."""
     heads = max(1, hidden // 64)
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=blocks, num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 8 or 1), vocab_size=kept or 1024, max_position_embeddings=2048,
+        hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=2, num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 8), vocab_size=1024, max_position_embeddings=2048,
     )  # fmt: skip
     torch.manual_seed(0)
     return LlamaModel(config).eval().requires_grad_(False), shape(config)

@@ -45,7 +45,7 @@ from chassis_utils.files import locked, made, replacing
 from chassis_utils.models import Place, bundled, located
 from chassis_utils.statistics import FOLD, KEPT, gather
 from engines import alike, arrived, engine, facts, memory, outcomes
-from records import replace_text
+from records import claim
 
 MARK = "gathering.json"  # says whose folder it is
 TRIES = "tries.txt"  # of a pass: a line for each shard begun, with host and process
@@ -311,19 +311,11 @@ class Gathering:
         """Make the folder this gathering's own, or refuse one that holds anything else."""
         own = {"base": f"{base.name} ({base.bare.revision})", "expert": f"{expert.name} ({expert.revision})"}
         own |= {"probes": f"{probes.name} ({len(probes)} prompts, {probes.digest})", "shard": self.shard}
-        mark, words = self.out / MARK, ""
-        if mark.exists():
-            try:
-                theirs = json.loads(mark.read_text(encoding="utf-8"))
-                words = ", ".join(f"{k} {theirs[k]} and not {own[k]}" for k in own if theirs[k] != own[k])
-            except (OSError, ValueError, LookupError, TypeError):
-                words = f"a {MARK} that cannot be read"
-        elif others := sorted(path.name for path in self.out.iterdir() if not path.name.startswith(".")):
-            words = f"{others[0]}, which is of no gathering"
-        if words:
-            raise ChassisError(f"{self.out} holds {words}: give another folder")
-        if not mark.exists():
-            replace_text(mark, json.dumps(own) + "\n")
+
+        def differs(theirs: dict[str, Any]) -> str:
+            return ", ".join(f"{k} {theirs[k]} and not {own[k]}" for k in own if theirs[k] != own[k])
+
+        claim(self.out, MARK, own, differs, "gathering", "folder")
 
     def _shards(self, tried: Statistics, probes: Probes, batch_tokens: int) -> list[Shard]:
         """What holds the sums of one pass in the end, and its shards, with all that a worker must know of them."""

@@ -24,7 +24,7 @@ from chassis_utils import ChassisError
 from chassis_utils.files import locked
 from engines import arrived, engine, facts, outcomes, unlike
 from gridpage import page
-from records import FIELDS, FILE, read_records, replace_text
+from records import FIELDS, FILE, claim, read_records, replace_text
 
 KEYS = ("profile", "notebooks", "parameters", "retries")
 MARK = "grid.json"  # says whose folder it is
@@ -102,7 +102,7 @@ def run(path: str | Path, workers: int = 0, scheduler: str | None = None, out_di
     grid = read_grid(path, out_dir)
     busy = f"another `chassis grid` is writing to {grid.out}: wait for its end, or give another --out"
     with locked(grid.out / ".grid.lock", busy):
-        _claim(grid)
+        claim(grid.out, MARK, {"grid": grid.name, "profile": grid.profile.name}, _words, "grid", "--out")
         told = facts(grid.out / MARK)
         missing = [cell for cell in grid.cells if not cell.known()]
         n, before = len(grid.cells), len(grid.cells) - len(missing)
@@ -127,22 +127,9 @@ def run(path: str | Path, workers: int = 0, scheduler: str | None = None, out_di
     return grid.out / "grid.html"
 
 
-def _claim(grid: Grid) -> None:
-    """Make the folder the grid's own, or refuse one that holds anything else."""
-    mark, own = grid.out / MARK, {"grid": grid.name, "profile": grid.profile.name}
-    if mark.exists():
-        try:
-            theirs = json.loads(mark.read_text(encoding="utf-8"))
-            words = f"the grid {theirs['grid']} of profile {theirs['profile']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            theirs, words = None, f"a {MARK} that cannot be read"
-    else:
-        others = [path.name for path in grid.out.iterdir() if not path.name.startswith(".")]
-        theirs, words = (None, f"{sorted(others)[0]}, which is of no grid") if others else (own, "")
-    if theirs != own:
-        raise ChassisError(f"{grid.out} holds {words}: give another --out")
-    if not mark.exists():
-        replace_text(mark, json.dumps(own) + "\n")
+def _words(mark: Mapping[str, str]) -> str:
+    """Whose folder it is."""
+    return f"the grid {mark['grid']} of profile {mark['profile']}"
 
 
 def _warn(grid: Grid, missing: list[Cell], ours: dict[str, str]) -> None:

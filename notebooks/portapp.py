@@ -6,7 +6,7 @@ import html
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,12 @@ PROMPT = "Question: Tom has 12 apples and buys 7 more. How many apples does he h
 SEEN = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})  # what a label would not show
 BARE, ADAPTED = "bare base", "port"  # speakers, of which no plug may have the name
 STYLE = Path(__file__).with_name("app") / "port.css"
+
+
+def check_names(plugs: Iterable[str]) -> None:
+    """ChassisError for a plug that has the name of a speaker."""
+    if reserved := {BARE, ADAPTED} & {*plugs}:
+        raise ChassisError(f"no plug may be named '{min(reserved)}', as a speaker of the page is: choose another name")
 
 
 def colour(name: str, names: list[str]) -> str:
@@ -90,8 +96,7 @@ class PortApp(widgets.VBox):
         self, base: LanguageModel, plugs: Mapping[str, Adapter | str], experts: Mapping[str, LanguageModel],
         router: Router | None = None, prompt: str = PROMPT,
     ) -> None:  # fmt: skip
-        if reserved := {BARE, ADAPTED} & {*plugs}:
-            raise ChassisError(f"no plug may be named '{min(reserved)}': choose another name")
+        check_names(plugs)
         # A port that writes refuses changes: the figure has ports of its own, which share every weight with these.
         self.looks, self.pens = ({n: Port(m) for n, m in {BARE: base, **experts, ADAPTED: base}.items()} for _ in "12")
         for port in (self.looks[ADAPTED], self.pens[ADAPTED]):

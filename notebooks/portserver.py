@@ -27,7 +27,7 @@ from traitlets.config import Config
 
 import chassis_utils
 from chassis_utils import ChassisError, Port, load
-from portapp import ADAPTED, BARE
+from portapp import check_names
 
 try:
     from voila.app import Voila
@@ -62,8 +62,7 @@ def serve(base: str, plugs: Sequence[tuple[str, str]], number: int = 0, browser:
         raise ChassisError(f"a base or plug is no name of a folder ({error.strerror}): give another") from None
     if len(folders) < len(plugs):
         raise ChassisError("two plugs have one name: give each its own")
-    if reserved := {BARE, ADAPTED} & {*folders}:
-        raise ChassisError(f"no plug may be named '{min(reserved)}', as a speaker of the page is: choose another name")
+    check_names(folders)
     port = Port(load(base))
     for name, folder in folders.items():
         port.plug(name, folder)

@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
@@ -90,6 +90,27 @@ def replace_text(path: Path, text: str) -> None:
     """Write a text file through `replacing`."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def claim(folder: Path, mark: str, own: Mapping[str, Any], told: Callable[[Any], str], kind: str, other: str) -> None:
+    """Make a folder one's own by a JSON file `mark` that says whose it is, or refuse one that holds anything else.
+
+    `told` says of whose mark it is, in words, or nothing if that is no other; `kind` is what the folder would be of,
+    and `other` what to give instead.
+    """
+    path, words = folder / mark, ""
+    if path.exists():
+        try:
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+            words = told(theirs) if theirs != own else ""
+        except (OSError, ValueError, LookupError, TypeError):
+            words = f"a {mark} that cannot be read"
+    elif others := sorted(one.name for one in folder.iterdir() if not one.name.startswith(".")):
+        words = f"{others[0]}, which is of no {kind}"
+    if words:
+        raise ChassisError(f"{folder} holds {words}: give another {other}")
+    if not path.exists():
+        replace_text(path, json.dumps(own) + "\n")
 
 
 def read_records(path_or_dir: str | Path) -> pd.DataFrame:
