@@ -55,7 +55,7 @@ def live(out: Path, workers: int, shards: int, size: int, warm: bool) -> dict[st
         found["peak"] = max(map(int, peaks), default=0) / 2**10
     sums = max(out.glob("*/sum.safetensors"), key=lambda path: path.stat().st_mtime)
     with safe_open(sums, framework="pt") as file:
-        return found | {"checksum": file.metadata()["sha256"]}
+        return found | {"checksum": json.loads(file.metadata()["key"])["sha256"]}
 
 
 def run(out: Path, *words: Any, seconds: float | None = None) -> dict[str, Any] | None:

@@ -15,9 +15,9 @@ import torch
 from bench import command, quotients, setting, show, timed
 from corpora import text
 
-from chassis_utils import LanguageModel, Probes, Router, load, probe_set
+from chassis_utils import LanguageModel, Probes, load, probe_set
 from porting import by_length
-from routes import confusion
+from routes import Router, confusion
 
 PACKAGE = Path(__file__).parents[1] / "chassis_utils"
 DOMAINS = {"pocket-math": "math", "pocket-shakespeare": "verse", None: "prose"}

@@ -26,6 +26,7 @@ from chassis_utils import Adapter, ChassisError, Features, LanguageModel, Probes
 from chassis_utils.adapter import heads
 from chassis_utils.metrics import BLOCK, kl
 from chassis_utils.models import Readout
+from chassis_utils.solve import ROWS as SOME
 from chassis_utils.solve import Gram, low_rank, scaled_ridge
 from chassis_utils.statistics import KEPT
 
@@ -176,19 +177,19 @@ def _reading(shape: Shape) -> Iterator[Stage]:
     h, v, q = shape.hidden, shape.vocab, 2 * shape.hidden
     models = [SimpleNamespace(readout=Readout(torch.randn(v, h))) for _ in range(2)]
     pair = SimpleNamespace(base=models[0], expert=models[1])
-    found: dict[str, torch.Tensor] = {}
-    yield "both heads", 2.0 * q * v, 8.0 * q * v, lambda: found.update(both=heads(pair)[0])
-    x, start, shift = torch.randn(KEPT, h), torch.randn(KEPT, v), torch.zeros(v)
+    x, start = torch.randn(KEPT, h), torch.randn(SOME, v)
     weight, bias = torch.randn(h, q, dtype=torch.float64), torch.zeros(q)
 
-    def judge() -> torch.Tensor:
+    def judge() -> None:
         """As v2 judges one choice."""
-        return kl(start, start + ((x.double() @ weight + bias).float() @ found["both"].float() + shift))
+        for said in (x.double() @ weight + bias).float().split(SOME):
+            theirs, own = said.split(h, dim=1)
+            kl(start, start + models[0].readout.linear(theirs) - models[1].readout.linear(own))
 
-    yield "judging", 2.0 * KEPT * q * (h + v), 4.0 * KEPT * v, judge
+    yield "judging", 2.0 * KEPT * q * (h + v), 4.0 * SOME * v, judge
     covariance, columns = x.double().T @ x.double(), torch.rand(v).double()
-    work, unit = cut(h, q, v), 8.0 * q * v
-    yield "cut (vocabulary)", work, unit, lambda: low_rank(weight, covariance, found["both"], columns)
+    work, unit = cut(h, q, v), 4.0 * q * v
+    yield "cut (vocabulary)", work, unit, lambda: low_rank(weight, covariance, heads(pair)[0], columns)
 
 
 def _solving(name: str, p: int, q: int) -> Iterator[Stage]:
@@ -316,7 +317,6 @@ def count(shape: Shape, tokens: int) -> dict[str, list[tuple[str, float, float]]
         ("sums (final layer)", held, BATCH * (h * h + 2.0 * h * q)),
         ("ridge (final layer)", lams + 1, ridge(h, q)),
         ("judging", lams, judge * (h + v)),
-        ("both heads", 1.0, 2.0 * q * v),
         ("cut (vocabulary)", 1.0, cut(h, q, v)),
     ]
     # Blocks passed: 1 + 2 + ... + (depth - 1) to the edits' layers, all for the stream, all twice for reading out.
@@ -334,7 +334,6 @@ def count(shape: Shape, tokens: int) -> dict[str, list[tuple[str, float, float]]
         ("ridge (edit)", 2 * (lams + 1), ridge(near, q)),
         ("judging", 2 * lams, judge * (h + v)),
         ("judging", 2 * lams, judge * (near + v)),
-        ("both heads", 2.0, 2.0 * q * v),
         ("cut (vocabulary)", 2.0, cut(near, q, v)),
     ]
     return {"final layer": final, "v2": v2}

@@ -16,7 +16,6 @@ from .port import Port as Port
 from .probes import Probes as Probes
 from .probes import passages as passages
 from .probes import probe_set as probe_set
-from .router import Router as Router
 from .solve import Gram as Gram
 from .solve import ridge as ridge
 from .statistics import Statistics as Statistics

@@ -13,14 +13,12 @@ from typing import Protocol
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers.decoders import ByteLevel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .errors import ChassisError
-from .files import made, replacing
+from .files import made, read_tensors, write_tensors
 from .foreign import ForeignExpert
 from .models import LanguageModel, Place, Readout
 from .probes import Probes
@@ -162,12 +160,12 @@ def _collect(
     bar = tqdm(total=len(ids), desc=name, unit=" prompts", disable=not progress, leave=False)
     for first in range(0, len(ids), SHARD):
         path = folder and folder / f"{digest}-{first // SHARD:05d}.safetensors"
-        part = _kept(path, key) if path and path.exists() else None
-        if part is None:
+        if isinstance(part := read_tensors(path, key) if path else "", str):
+            if part:
+                tqdm.write(f"{path.name} {part} and is made again")
             part = _shard(probes, ids[first : first + SHARD], model, layers, last, batches, first)
             if path:
-                with replacing(path) as temporary:
-                    save_file(part, temporary, metadata={"key": json.dumps(key)})
+                write_tensors(path, part, key)
         parts.append(part)
         bar.update(len(ids[first : first + SHARD]))
     bar.close()
@@ -191,18 +189,6 @@ def _shard(
     part["prompt"] = torch.tensor([first + n for n, i in enumerate(ids) for _ in (i[-1:] if last else i)])
     part["next_token"] = torch.tensor([token for i in ids for token in ([] if last else i[1:]) + [-1]])
     return part
-
-
-def _kept(path: Path, key: dict) -> dict[str, torch.Tensor] | None:
-    """A shard that is there, unless it is of something else or damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            told = json.loads((file.metadata() or {}).get("key", "{}"))
-            if not (other := [name for name in key if told.get(name) != key[name]]):
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        tqdm.write(f"{path.name} is of other {', '.join(other)} and is made again")
-    except (OSError, SafetensorError):
-        tqdm.write(f"{path.name} is damaged and is made again")
 
 
 def tokenize(model: LanguageModel, probes: Probes) -> tuple[list[list[int]], int]:

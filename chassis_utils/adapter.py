@@ -22,8 +22,8 @@ from .exchange import Exchange, card, found, licence, refusing
 from .features import Features
 from .files import replaceable, replacing
 from .foreign import ForeignExpert
-from .models import LanguageModel, Place, Readout, tensor_hash
-from .solve import Gram, low_rank, ridge
+from .models import LanguageModel, Place, tensor_hash
+from .solve import ROWS, Gram, Heads, low_rank, ridge
 from .statistics import Statistics
 
 FORMAT = 3  # 2 knew neither tokenizer nor licence
@@ -332,23 +332,15 @@ def assembled(
     return Adapter("", layer, down, up, bias, a.base.name, a.base.head_hash, values=values, **kind)
 
 
-def _head(readout: Readout) -> tuple[torch.Tensor, torch.Tensor]:
-    """`J (hidden, vocab)` and its bias `(vocab,)`, zero where there is none; float64 on the CPU."""
-    weight = readout.weight.T.cpu().double()
-    return weight, weight.new_zeros(weight.shape[1]) if readout.bias is None else readout.bias.cpu().double()
-
-
-def heads(a: Activations | Statistics) -> tuple[torch.Tensor, torch.Tensor]:
+def heads(a: Activations | Statistics) -> tuple[Heads, torch.Tensor]:
     """`J (expert hidden + hidden, vocab)` and `j (vocab,)`: expert minus base logits, before any cap, are `y J + j`.
 
     y is the expert's and the base's final state side by side. Both parts are centred over the vocabulary.
     """
-    (expert_head, expert_bias), (base_head, base_bias) = _head(a.expert.readout), _head(a.base.readout)
-    both, shift = torch.cat([expert_head, -base_head]), expert_bias - base_bias
-    if a.base.readout.softcap is None:
-        # A constant over the vocabulary changes no probability (unless a cap follows): it would only cost rank.
-        both, shift = both - both.mean(1, keepdim=True), shift - shift.mean()
-    return both, shift
+    theirs, own = a.expert.readout, a.base.readout
+    both, shift = Heads(((1.0, theirs.weight), (-1.0, own.weight))), theirs.shift.double() - own.shift.double()
+    # Under a cap a constant over the vocabulary counts; elsewhere it would only cost rank.
+    return (both.centred(), shift - shift.mean()) if own.softcap is None else (both, shift)
 
 
 def difference(
@@ -373,8 +365,8 @@ def column_weights(a: Activations | Statistics) -> torch.Tensor:
     """
     head = a.expert.readout
     some = a.kept[1][:, : head.weight.shape[1]] if isinstance(a, Statistics) else a.expert_hidden[:: len(a) // 2048 + 1]
-    p = head(some.to(head.weight.device)).softmax(-1).double()
-    weights = (p * (1 - p)).mean(0).cpu()
+    each = (head(part.to(head.weight.device)).softmax(-1).double() for part in some.split(ROWS))
+    weights = sum((p * (1 - p)).sum(0) for p in each).cpu() / len(some)
     return weights.clamp(min=1e-6 * float(weights.mean()))
 
 
@@ -401,9 +393,9 @@ def _rrr(a: Activations, layer: int, lam: float, features: Features | None = Non
 @method("lens")
 def _lens(a: Activations, layer: int, lam: float) -> Adapter:
     """A layer's state straight to the expert's logits, all columns (experiment 3)."""
-    head, head_bias = _head(a.expert.readout)
+    head = Heads(((1.0, a.expert.readout.weight),))
     weight, bias = ridge(Gram.of(a.layer(layer), a.expert_hidden), lam)
-    return assembled(a, layer, low_rank(weight, None, head), bias @ head + head_bias, onto="nothing")
+    return assembled(a, layer, low_rank(weight, None, head), bias @ head + a.expert.readout.shift, onto="nothing")
 
 
 @method("v1")
@@ -423,7 +415,7 @@ def _v1(a: Activations, layer: int, lam: float, top_k: int | None = None, normed
     columns = (lens.down @ lens.up).norm(dim=0).topk(top_k).indices.sort().values
     onto = "normed" if normed and layer != a.final else "layer"
     own = base.final_norm(x) if onto == "normed" else x
-    head, head_bias = (part[..., columns] for part in _head(base.readout))
+    head, head_bias = base.readout.weight[columns].T.cpu().double(), base.readout.shift[columns].double()
     # D = X W_K + b_K - (X J)_K is linear in X (and in its norm), so statistics of hidden states suffice.
     weight, bias = ridge(Gram.of(x, torch.cat([x, own], dim=1)), lam)
     lens_map = lens.down.double() @ lens.up.double()[:, columns]

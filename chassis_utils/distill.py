@@ -17,7 +17,7 @@ from .adapter import Adapter, assembled, column_weights, heads, method
 from .errors import ChassisError
 from .features import Features
 from .metrics import kl
-from .solve import Gram, kl_fit, low_rank, scaled_ridge
+from .solve import ROWS, Gram, kl_fit, low_rank, scaled_ridge
 from .statistics import FOLD, KEPT, Statistics, same_shape
 
 LAMS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -139,25 +139,30 @@ def _read_out(
 
     For every choice of features and every lam, the ridge on all other rows is judged by it; the best gets all rows.
     """
-    base, (x, y, _) = stats.base, stats.kept
-    both, shift = heads(stats)
-    cut = stats.expert.readout.weight.shape[1]
-    y = y.to(base.device)
-    target, start = stats.expert.readout(y[:, :cut]).cpu(), base.readout.linear(y[:, cut:]).cpu()
+    base, theirs, (x, y, _) = stats.base, stats.expert.readout, stats.kept
     columns = torch.arange(x.shape[1]).split(stats.features.sizes(base))
     places = [*zip_longest(stats.features.places, columns)]  # random features, which have no place, come last
-    tried = []
+    ways, states = [], []
     for features in choices:
         kept = (columns for name, columns in places if name in features.places or (name is None and features.random))
         columns = torch.cat([*kept])
         for lam, weight, bias in _ridges(stats.train.part(columns), lams):
-            # Rows first: a product of the size of features times vocabulary is never made.
-            ours = (x[:, columns].double() @ weight + bias).float() @ both.float() + shift.float()
-            tried.append((float(kl(target, base.readout.cap(start + ours)).mean()), lam, columns, features))
+            ways.append((lam, columns, features))
+            states.append((x[:, columns].double() @ weight + bias).float().to(base.device))
+    sums, cut = [0.0] * len(ways), theirs.weight.shape[1]
+    for rows in torch.arange(len(y)).split(ROWS):
+        said, own = y[rows].to(base.device).split([cut, base.hidden_size], dim=1)
+        target, start = theirs(said), base.readout.linear(own)
+        for i, state in enumerate(states):
+            # What the fit says the expert's state is, and the base's, through either's head: the shift comes with it.
+            told, less = state[rows].split([cut, base.hidden_size], dim=1)
+            ours = start + theirs.linear(told) - base.readout.linear(less)
+            sums[i] += float(kl(target, base.readout.cap(ours)).sum())
+    tried = [(total / len(y), *way) for total, way in zip(sums, ways, strict=True)]
     reached, lam, columns, features = min(tried, key=lambda one: one[0])
     gram = (stats.train + stats.held).part(columns)
     weight, bias = scaled_ridge(gram, lam)
-    weights = column_weights(stats) if metric == "kl" else None
+    weights, (both, shift) = column_weights(stats) if metric == "kl" else None, heads(stats)
     factors = low_rank(weight, gram.covariance, both, weights)
     info = {"lam": lam, "held_out_kl": reached, "metric": metric}
     return reached, assembled(stats, base.num_layers, factors, bias @ both + shift, features=features, info=info)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import glob
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from .errors import ChassisError
 
@@ -61,11 +68,12 @@ def locked(path: Path, busy: str | None = None) -> Iterator[int]:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a name to write a file or a folder to, which then takes the place of `path`; readers see either whole.
 
-    What cannot be written raises ChassisError and leaves the old one.
+    What cannot be written raises ChassisError and leaves the old one. What killed processes of this machine left goes.
     """
-    final = Path(os.path.realpath(path))
-    temporary, aside = (final.with_name(f".{final.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    _remove(temporary, aside)
+    final, host = Path(os.path.realpath(path)), socket.gethostname()
+    temporary, aside = (final.with_name(f".{final.name}.{host}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    left = final.parent.glob(glob.escape(f".{final.name}.{host}.") + "*.tmp")
+    _remove(temporary, aside, *(one for one in left if _ended(one.name.split(".")[-2])))
     try:
         with _writing(path):
             yield temporary
@@ -80,10 +88,49 @@ def replacing(path: str | Path) -> Iterator[Path]:
         _remove(temporary, aside)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], key: dict[str, Any]) -> None:
+    """Write tensors with the `key` of all that decides them and a checksum of their values, whole or not at all."""
+    with replacing(path) as temporary:
+        save_file({**tensors}, temporary, metadata={"key": json.dumps(key | {"sha256": _checksum(tensors)})})
+
+
+def read_tensors(path: Path, key: dict[str, Any], values: bool = True) -> dict[str, torch.Tensor] | str:
+    """What `write_tensors` wrote for that key; without `values` only that it did. Or why not: "" is no file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            theirs, wanted = json.loads((file.metadata() or {})["key"]), json.loads(json.dumps(key))
+            if other := [name for name in wanted if theirs.get(name) != wanted[name]]:
+                return f"is of other {', '.join(other)}"
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if values else {}  # noqa: SIM118
+        return "is damaged" if values and _checksum(tensors) != theirs["sha256"] else tensors
+    except FileNotFoundError:
+        return ""
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError):
+        return "is damaged"
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(memoryview(tensor.contiguous().numpy()).cast("B") if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
 def _exchanged(one: Path, other: Path) -> bool:
     """Let two folders take each other's place in one step, as a rename cannot; False where the system cannot either."""
     exchange = getattr(ctypes.CDLL(None), "renameat2", None)  # -100 is AT_FDCWD there, 2 RENAME_EXCHANGE
     return exchange is not None and exchange(-100, os.fsencode(one), -100, os.fsencode(other), 2) == 0
+
+
+def _ended(pid: str) -> bool:
+    """Whether no such process runs on this machine."""
+    with suppress(PermissionError, ValueError, OverflowError):
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return True
+    return False
 
 
 def _remove(*paths: Path) -> None:

@@ -7,12 +7,12 @@ import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -53,6 +53,11 @@ class Readout:
     softcap: float | None = None  #: Gemma-style cap: logits become `cap * tanh(logits / cap)`
     scale: float = 1.0  #: In weight and bias already: what the model multiplies its head's own output with
 
+    @property
+    def shift(self) -> torch.Tensor:
+        """The bias `(vocab,)` on the CPU, zero where there is none."""
+        return torch.zeros(len(self.weight)) if self.bias is None else self.bias.cpu()
+
     def linear(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits before the cap, `(n, vocab)`, of hidden states `(n, hidden)`."""
         return torch.nn.functional.linear(hidden, self.weight, self.bias)
@@ -92,7 +97,7 @@ class LanguageModel:
         self.model.eval().requires_grad_(False)
         self.backbone = self.model.base_model
         self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
-        self.readout = _readout(self.model, len(self.tokenizer))
+        self.readout = _readout(self.model, len(self.tokenizer), self.device)
         config = self.model.config.get_text_config()
         self.num_layers = config.num_hidden_layers
         self.context = getattr(config, "max_position_embeddings", None) or 2048
@@ -147,13 +152,13 @@ class LanguageModel:
         def enter(number: Place, _: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             # The state is the first argument, by place or by name.
             state = args[0] if args else kwargs["hidden_states"]
-            seen[number], inputs[number] = state.float(), []  # an earlier pass may have been broken off
+            seen[number], inputs[number] = state.float().to(self.device), []  # a pass may have been broken off
             here = [edit for edit in self.edits if edit.changes == number]
             for edit in here:
                 seen[number] = seen[number] + edit.correction(seen)
             if number == depth:
                 raise _Arrived
-            changed = seen[number].to(state.dtype) if here else state
+            changed = seen[number].to(state) if here else state
             return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
 
         def linear(number: int, _: torch.nn.Module, args: tuple) -> None:
@@ -164,7 +169,7 @@ class LanguageModel:
                 known.append(given)
 
         def leave(number: int, *_: object) -> None:
-            parts = [one.float().reshape(*seen[number].shape[:2], -1) for one in inputs.pop(number)]
+            parts = [one.to(seen[number]).reshape(*seen[number].shape[:2], -1) for one in inputs.pop(number)]
             seen[f"block {number}"] = torch.cat(parts, dim=-1)
 
         blocks = {int(place.split()[1]) for place in places if isinstance(place, str) and place != "stream"}
@@ -182,8 +187,9 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.device
+        """Where the weights are, the first of them if they are spread; states and readout are gathered there."""
+        own = self.model.device
+        return torch.device("cpu") if own.type == "meta" else own  # meta stands for memory and disk
 
     @property
     def hidden_size(self) -> int:
@@ -228,7 +234,10 @@ class LanguageModel:
         """Hash over architecture, name, shape and an even sample of 4,096 entries of every weight, and the edits."""
         digest = hashlib.sha256(type(self.model).__name__.encode())
         for key, tensor in self.model.state_dict().items():
-            sample = tensor.flatten()[:: max(1, tensor.numel() // 4096)]
+            holder, _, name = key.rpartition(".")
+            with _present(module := self.model.get_submodule(holder)):
+                tensor = getattr(module, name) if tensor.is_meta else tensor
+                sample = tensor.flatten()[:: max(1, tensor.numel() // 4096)]
             digest.update(f"{key}{tuple(tensor.shape)}".encode() + sample.float().cpu().numpy().tobytes())
         digest.update("".join(edit.revision for edit in self.edits).encode())
         return digest.hexdigest()[:16]
@@ -264,12 +273,13 @@ class LanguageModel:
                 out = self.backbone(input_ids=input_ids, output_hidden_states=plain, **options)
             except _Arrived:
                 return {place: seen[place] for place in layers}
-            seen[self.num_layers] = out.last_hidden_state.float()
+            seen[self.num_layers] = out.last_hidden_state.float().to(self.device)
             for edit in (edit for edit in self.edits if edit.changes == self.num_layers):
                 seen[edit.layer] = seen[edit.layer] + edit.correction(seen)
         if plain and len(out.hidden_states or ()) != self.num_layers + 1:
             raise ChassisError(f"{self.name}: this architecture does not give one hidden state a layer")
-        return {place: seen[place] if place in seen else out.hidden_states[place].float() for place in layers}
+        seen = {place: out.hidden_states[place].float().to(self.device) for place in layers if place not in seen} | seen
+        return {place: seen[place] for place in layers}
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """The model's own final norm, `(n, hidden)` to `(n, hidden)`; ChassisError where none is found."""
@@ -298,7 +308,7 @@ class LanguageModel:
             raise ChassisError(f"{wrong}; {type(self.model).__name__} does more after its head than is known here")
 
 
-def _readout(model: PreTrainedModel, tokens: int) -> Readout:
+def _readout(model: PreTrainedModel, tokens: int, device: torch.device) -> Readout:
     """Head, scale and cap as the config states them; whether that is all is checked afterwards."""
     head = model.get_output_embeddings()
     if not isinstance(getattr(head, "weight", None), torch.Tensor):
@@ -306,9 +316,19 @@ def _readout(model: PreTrainedModel, tokens: int) -> Readout:
     config = model.config.get_text_config()
     # Cohere multiplies its logits, Granite divides them.
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    parts = (head.weight, getattr(head, "bias", None))
-    weight, bias = (None if part is None else part[:tokens].detach().float() * scale for part in parts)
+    with _present(head):
+        parts = (head.weight, getattr(head, "bias", None))
+        weight, bias = (None if part is None else part[:tokens].detach().to(device).float() * scale for part in parts)
     return Readout(weight, bias, getattr(config, "final_logit_softcapping", None), scale)
+
+
+def _present(module: torch.nn.Module) -> AbstractContextManager[None]:
+    """Lets the weights of a module be read that `accelerate` keeps in memory or on disk."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
 
 
 def tensor_hash(*tensors: torch.Tensor | None) -> str:
@@ -336,14 +356,16 @@ def located(name: str) -> str:
 
 
 def load(
-    name: str, *, revision: str | None = None, device: str = "auto",
-    dtype: torch.dtype | None = None, trust_remote_code: bool = False,
+    name: str, *, revision: str | None = None, device: str = "auto", dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False, device_map: str | Mapping[str, Any] | None = None, **placed: Any,
 ) -> LanguageModel:  # fmt: skip
     """Load a model and its tokenizer, frozen, its readout checked against the model's own logits.
 
     `name` is a bundled name (`pocket-base`, ...), a model folder, or a hub id (`org/name`), of which `revision` is a
     branch, tag or commit. `device` is `auto` (a GPU if there is one) or any of torch's; `dtype`, of the weights, is
     float32 on CPU and the model's own on a GPU unless given. `trust_remote_code` runs code that comes with the model.
+    A model that no one device holds is spread over several, memory and disk by `accelerate`, as `device_map` says
+    (`auto`, or module -> device), with its `max_memory` and `offload_folder`, and `device` says nothing.
     ChassisError: unknown name, hub out of reach, tokenizer or weights missing, or a head that is not understood.
     """
     source = located(str(name))
@@ -360,9 +382,9 @@ def load(
         transformers_logging.disable_progress_bar()
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         options |= {"dtype": dtype or (torch.float32 if device == "cpu" else "auto")}
-        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, **placed, "device_map": device_map}
         model, info = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         if Path(source).is_dir():
             why = " ".join(str(error).split())[:160]
             raise ChassisError(f"{name}: the folder could not be loaded ({why})") from error
@@ -377,4 +399,4 @@ def load(
         raise ChassisError(f"{name}: {len(lost)} weights are missing, the first is {lost[0]}: get the whole folder")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         warnings.warn(f"{name}: the tokenizer has more entries than the embedding; texts with them fail", stacklevel=2)
-    return LanguageModel(str(name), model.to(device), tokenizer)
+    return LanguageModel(str(name), model if device_map else model.to(device), tokenizer)

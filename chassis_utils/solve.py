@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from .errors import ChassisError
 BLOCK = 4096  # rows cast to float64 at a time
 STRIP = 256  # columns multiplied at a time
 LOGITS = 2_000_000  # logits a block
+ROWS = 256  # rows whose logits are held at a time where what is compared is solved from
+COLUMNS = 4096  # of heads, made at a time
 
 
 @dataclass
@@ -124,9 +127,39 @@ def scaled_ridge(gram: Gram, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
         return ridge(gram, lam * gram.n, size.square())
 
 
+@dataclass(frozen=True)
+class Heads:
+    """`J (k, vocab)`: heads one above the other, less a mean, by columns: never whole in float64."""
+
+    parts: tuple[tuple[float, torch.Tensor], ...]  #: Factor and weight `(vocab, hidden)` of each
+    mean: torch.Tensor | None = None  #: `(k, 1)`, taken from every column
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for strips in zip(*(weight.split(COLUMNS) for _, weight in self.parts), strict=True):
+            some = [factor * own.T.cpu().double() for (factor, _), own in zip(self.parts, strips, strict=True)]
+            yield torch.cat(some) if self.mean is None else torch.cat(some).sub_(self.mean)
+
+    def __rmatmul__(self, left: torch.Tensor) -> torch.Tensor:
+        """`left (..., k) @ J`, `(..., vocab)`, float32."""
+        found = left.new_empty(*left.shape[:-1], len(self.parts[0][1]), dtype=torch.float32)
+        for into, some in zip(found.split(COLUMNS, -1), self, strict=True):
+            into.copy_(left.double() @ some)
+        return found
+
+    def centred(self) -> Heads:
+        """Less their mean over the vocabulary: a constant there changes no probability."""
+        means = [factor * own.mean(0, dtype=torch.float64).cpu() for factor, own in self.parts]
+        return Heads(self.parts, torch.cat(means)[:, None])
+
+    def squares(self, columns: torch.Tensor | None = None) -> torch.Tensor:
+        """`J D J' (k, k)` for weights `D (vocab,)` of the columns."""
+        weights = repeat(1.0) if columns is None else columns.double().split(COLUMNS)
+        return sum((some * weight) @ some.T for some, weight in zip(self, weights, strict=False))
+
+
 def low_rank(
     weight: torch.Tensor, metric: torch.Tensor | None = None,
-    basis: torch.Tensor | None = None, columns: torch.Tensor | None = None,
+    basis: Heads | None = None, columns: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Factors of `weight (p, k) @ basis (k, q)` whose first r columns are its best rank-r approximation, for every r.
 
@@ -134,12 +167,11 @@ def low_rank(
     SVD of `C^(1/2) weight`, whose discarded singular values are exactly the lost error (Izenman 1975; the same
     as SVD-LLM and QERA). With weights `D (q,)` of the columns it is that of `C^(1/2) weight basis D^(1/2)`. Only
     matrices of the sizes of p and k are decomposed, never q x q; no basis is the unit matrix. Returns `down (p, m)`,
-    `up (m, q)`, singular values `(m,)`, m = min(p, k), largest first; all float64.
+    `up (m, q)`, singular values `(m,)`, m = min(p, k), largest first; float64, but `up` float32 behind a basis.
     """
     weight, root, back = weight.double(), None, None
     if basis is not None:
-        basis = basis.double()
-        values, vectors = torch.linalg.eigh((basis if columns is None else basis * columns.double()) @ basis.T)
+        values, vectors = torch.linalg.eigh(basis.squares(columns))
         # Directions that no column sees cannot be told apart from rounding.
         keep = values > values.max() * 1e-14
         size, vectors = values[keep].sqrt(), vectors[:, keep]

@@ -14,7 +14,7 @@ from .features import Features
 from .foreign import ForeignExpert
 from .models import LanguageModel, Place
 from .probes import Probes
-from .solve import Gram
+from .solve import ROWS, Gram
 
 FOLD = 8  # prompts number 7, 15, ... are held out, to choose by
 KEPT = 2048  # rows of the held-out prompts that are kept whole, to measure the KL on
@@ -129,8 +129,8 @@ def same_shape(base: LanguageModel, expert: Expert) -> bool:
 
 
 def _check_memory(p: int, q: int, vocab: int) -> None:
-    """Five times the sums (two sets, total, two to solve with), heads, logits: as `benchmarks/scale.py` measures."""
-    wanted = 8 * (5 * p * (p + q) + 2 * KEPT * (p + q) + vocab * (4 * q + 3 * KEPT))
+    """Five times the sums (two sets, total, two to solve with), rows, heads, a map to them, logits."""
+    wanted = 8 * (5 * p * (p + q) + 2 * KEPT * (p + q)) + 4 * vocab * (2 * q + 6 * ROWS)
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if wanted > 0.8 * free:
         sizes = f"{wanted / 2**30:.1f} GiB to gather and to solve, on a machine of {free / 2**30:.1f} GiB"

@@ -139,8 +139,7 @@ _SPENT = {
     "rows": (("gather",), ("states", "update", "sizes", "checked_ids", "batched")),
     "sums": (("update",), ()),
     "ridge": (("ridge", "error"), ()),
-    "both heads": (("heads",), ()),
-    "cut": (("low_rank", "column_weights"), ()),
+    "cut": (("low_rank", "column_weights", "heads"), ()),
     "judging": (("_read_out",), ("_ridges", "scaled_ridge", "heads", "low_rank", "column_weights", "assembled")),
 }
 

@@ -124,7 +124,7 @@ def where(
     the slider the values.
     """
     first, names = first or next(iter(ways)), [*shapes]
-    parts = ["forward, base", "forward, expert", "rows", "sums", "ridge", "judging", "both heads", "cut"]
+    parts = ["forward, base", "forward, expert", "rows", "sums", "ridge", "judging", "cut"]
     colours = dict(zip(parts, PALETTE, strict=False))
     bills = {
         (way, n): [bill(one, one, n, rates, family=family) for one in shapes.values()]

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from chassis_utils import ChassisError
 from chassis_utils.distill import LAMS
 from chassis_utils.models import POCKET, bundled
-from chassis_utils.solve import BLOCK, STRIP
+from chassis_utils.solve import BLOCK, COLUMNS, ROWS, STRIP
 from chassis_utils.statistics import FOLD, KEPT
 
 LENGTH = 256  #: Tokens of a prompt, unless told
@@ -337,7 +337,10 @@ def _cut(p: int, k: int, vocab: int = 0) -> Iterator[Work]:
     if vocab:
         yield Work("eigen", float(k) ** 3, k)
         yield Work("product", 2.0 * k * k * vocab + 2.0 * p * k * k + 2.0 * m * k * (k + vocab), k)
-        yield Work("stream", 16.0 * (k + m) * vocab, k * vocab)
+        # Strips of the heads are made twice: in float64, one negated, joined, centred; once they are weighted.
+        strip = k * min(vocab, COLUMNS)
+        yield Work("turn", 2.0 * k * vocab, strip)
+        yield Work("stream", (2 * 36.0 + 24.0) * k * vocab + 20.0 * m * vocab, strip)
     if p > k:
         yield Work("eigen", float(k) ** 3, k)
         yield Work("product", 2.0 * p * p * k + 4.0 * p * k * k, k)
@@ -349,9 +352,6 @@ def _cut(p: int, k: int, vocab: int = 0) -> Iterator[Work]:
 def _read_out(base: Shape, expert: Shape, choices: Sequence[int], best: int, kept: float) -> Iterator[tuple]:
     """Every choice of features and lam judged by KL on the rows kept, the best solved on all and cut."""
     q, v = base.hidden + expert.hidden, base.vocab
-    # Both in float64, then joined, the base's negated, and all centred.
-    yield "both heads", Work("turn", float(q) * v, q * v)
-    yield "both heads", Work("stream", 44.0 * q * v, q * v)
     yield "judging", Work("readout", 2.0 * kept * q * v, q)
     for p in choices:
         yield "judging", Work("stream", 16.0 * p * (p + q), p * max(p, q))
@@ -359,8 +359,7 @@ def _read_out(base: Shape, expert: Shape, choices: Sequence[int], best: int, kep
             yield ("ridge", *_ridge(p, q))
             yield "judging", Work("product", 2.0 * kept * p * q, p)
             yield "judging", Work("readout", 2.0 * kept * q * v, q)
-            yield "judging", Work("stream", 12.0 * q * v, q * v)
-            yield "judging", Work("stream", 24.0 * kept * v, kept * v)
+            yield "judging", Work("stream", 24.0 * kept * v, min(kept, ROWS) * v)
             yield "judging", Work("compare", kept * v, kept * v)
     yield "judging", Work("stream", 40.0 * best * (best + q), best * max(best, q))
     yield ("ridge", *_ridge(best, q))
@@ -390,7 +389,7 @@ def sizes(
     return {
         "weights": float(width * (base.parameters + expert.parameters)),
         "sums": 2 * 8.0 * widest,
-        "peak of the fit": 8.0 * (5 * widest + 2 * KEPT * (p + q) + v * (4 * q + 3 * KEPT)),
+        "peak of the fit": 8.0 * (5 * widest + 2 * KEPT * (p + q)) + 4.0 * v * (2 * q + 6 * ROWS),
         "shards": tokens * (4.0 * q + 2 * 16),
         "adapter": adapter_bytes([(p, rank, v), *edits], min(p, q), math.ceil(tokens / length)),
     }

@@ -34,14 +34,12 @@ from typing import Any, Self
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from chassis_utils import Adapter, ChassisError, Features, Gram, LanguageModel, Probes, Statistics, load
 from chassis_utils import __version__ as version
 from chassis_utils.activations import Expert
-from chassis_utils.files import locked, made, replacing
+from chassis_utils.files import locked, made, read_tensors, replacing, write_tensors
 from chassis_utils.models import Place, bundled, located
 from chassis_utils.statistics import FOLD, KEPT, gather
 from engines import alike, arrived, engine, facts, memory, outcomes
@@ -71,9 +69,9 @@ class Shard:
     ways: dict[str, Any]  # how a worker comes by the models, and what it needs
 
     @property
-    def whole_key(self) -> str:
+    def whole_key(self) -> dict[str, Any]:
         """The key, with the prompts."""
-        return json.dumps(self.key | {"prompts": Probes(self.label, self.split, self.prompts).digest}, sort_keys=True)
+        return self.key | {"prompts": Probes(self.label, self.split, self.prompts).digest}
 
 
 # ------------------------------------------------------------------------------------------------------- on a worker
@@ -151,8 +149,8 @@ def _model(way: dict[str, Any], ways: dict[str, Any]) -> Expert:
 def _loaded(way: dict[str, Any], ways: dict[str, Any]) -> Expert:
     """A model by its name, or an expert that is a function, from its file."""
     if "file" not in way:
-        options = {name: ways[name] for name in ("device", "trust_remote_code")} | {"revision": way["commit"]}
-        return load(way["name"], dtype=getattr(torch, way["dtype"]), **options)
+        dtype, options = getattr(torch, way["dtype"]), {"device": ways["device"], "revision": way["commit"]}
+        return load(way["name"], dtype=dtype, **options, **ways["options"])
     try:
         raw = Path(way["file"]).read_bytes()
         if hashlib.sha256(raw).hexdigest() != way["sha256"]:  # a pickle runs code: only that which was sent
@@ -167,37 +165,16 @@ def _loaded(way: dict[str, Any], ways: dict[str, Any]) -> Expert:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(memoryview(tensor.numpy()).cast("B") if tensor.numel() else b"")
-    return digest.hexdigest()
-
-
 def _write(shard: Shard, sums: Statistics) -> None:
-    """Write a shard with its key and a checksum, whole or not at all."""
+    """Write a shard's sums with its key."""
     tensors = {"n": torch.tensor([sums.train.n, sums.held.n])}
     tensors |= {f"{name}.{part}": getattr(getattr(sums, name), part) for name in ("train", "held") for part in SUMS}
-    tensors |= {f"kept.{i}": part for i, part in enumerate(sums.kept)}
-    with replacing(shard.path) as temporary:
-        save_file(tensors, temporary, metadata={"key": shard.whole_key, "sha256": _checksum(tensors)})
+    write_tensors(shard.path, tensors | {f"kept.{i}": part for i, part in enumerate(sums.kept)}, shard.whole_key)
 
 
 def _read(shard: Shard, values: bool = True) -> dict[str, torch.Tensor] | str:
     """Tensors of a shard that is there and whole (none without `values`, and no checksum); or else why not."""
-    try:
-        with safe_open(shard.path, framework="pt") as file:
-            told, wanted = file.metadata() or {}, json.loads(shard.whole_key)
-            theirs = json.loads(told["key"])
-            if other := [name for name in wanted if theirs.get(name) != wanted[name]]:
-                return f"is of other {', '.join(other)}"
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if values else {}  # noqa: SIM118
-        return "is damaged" if values and _checksum(tensors) != told["sha256"] else tensors
-    except FileNotFoundError:
-        return ""
-    except (OSError, SafetensorError, LookupError, ValueError, TypeError):
-        return "is damaged"
+    return read_tensors(shard.path, shard.whole_key, values)
 
 
 def _sums(tensors: dict[str, torch.Tensor], like: Statistics) -> Statistics:
@@ -248,7 +225,7 @@ class Gathering:
         scheduler: address of a Dask scheduler, in place of them.
         retries: tries of a shard after one that failed.
         device: of the workers' models; that of the base unless given.
-        trust_remote_code: as for `load`, on workers.
+        **options: of `load`, on workers: `trust_remote_code`, or the `device_map` of a model that no one device holds.
 
     ChassisError, in `with`: another run is writing to the folder. When called: as for `gather`; a folder of something
     else; no answer from the scheduler; workers unlike this machine, without memory enough, or without the models; a
@@ -257,7 +234,7 @@ class Gathering:
 
     def __init__(
         self, out_dir: str | Path, shard: int = 1024, workers: int = 0, scheduler: str | None = None, *,
-        retries: int = 2, device: str | None = None, trust_remote_code: bool = False,
+        retries: int = 2, device: str | None = None, **options: Any,
     ) -> None:  # fmt: skip
         if type(shard) is not int or shard < FOLD or shard % FOLD:
             raise ChassisError(f"shard = {shard!r}: give a multiple of {FOLD}, as every eighth prompt is held out")
@@ -265,7 +242,7 @@ class Gathering:
             if type(value) is not int or value < 0:
                 raise ChassisError(f"{name} = {value!r}: give a whole number, 0 or more")
         self.out, self.shard, self.retries = Path(out_dir).resolve(), shard, retries
-        self._engine, self._device, self._trust = (workers, scheduler), device, trust_remote_code
+        self._engine, self._device, self._options = (workers, scheduler), device, options
         self._stack: ExitStack | None = None
         self._executor: Executor | None = None
         self._saved: set[str] = set()  # edits that are in the folder for sure
@@ -321,7 +298,7 @@ class Gathering:
         """What holds the sums of one pass in the end, and its shards, with all that a worker must know of them."""
         base, expert, device = tried.base, tried.expert, torch.device(self._device or tried.base.device)
         ways = {role: self._way(model, device) for role, model in (("base", base), ("expert", expert))}
-        ways |= {"device": str(device), "trust_remote_code": self._trust, "edits": str(self.out / "edits")}
+        ways |= {"device": str(device), "options": self._options, "edits": str(self.out / "edits")}
         key = {"base": base.revision, "expert": expert.revision, "probes": probes.digest, "shard": self.shard}
         key |= {"features": asdict(tried.features), "positions": tried.positions, "layer": tried.layer}
         key |= {"batch_tokens": batch_tokens, "device": device.type, "held_out": [FOLD, KEPT]}
@@ -431,4 +408,5 @@ def _needs(tried: Statistics, batch_tokens: int, parts: Iterable[Sequence[str]])
     batch = 4 * batch_tokens * (4 * (p + q) + states)
     text = max(sum(len(prompt.encode()) for prompt in prompts) for prompts in parts)
     sums = 2 * 8 * p * (p + q) + KEPT * 4 * (p + q)
-    return PYTHON + sum(t.numel() * t.element_size() for t in weights) + 2 * sums + batch + BYTE * text
+    held = sum(t.numel() * t.element_size() for t in weights if not t.is_meta)  # the rest is accelerate's to place
+    return PYTHON + held + 2 * sums + batch + BYTE * text

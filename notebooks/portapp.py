@@ -14,9 +14,10 @@ import ipywidgets as widgets
 import plotly.graph_objects as go
 import torch
 
-from chassis_utils import Adapter, ChassisError, LanguageModel, Port, Router, fit, harvest, load, probe_set
+from chassis_utils import Adapter, ChassisError, LanguageModel, Port, fit, harvest, load, probe_set
 from chassis_utils.tokens import token_bytes
 from plots import GREY, PALETTE, style, template
+from routes import Router
 
 #: Plugs that are there without a folder: name -> (expert, bundled text of its domain).
 DOMAINS = {"math": ("pocket-math", "math-text"), "shakespeare": ("pocket-shakespeare", "verse")}

@@ -16,14 +16,14 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from chassis_utils import Adapter, ChassisError, LanguageModel, Port, Probes, Router, token_bytes
+from chassis_utils import Adapter, ChassisError, LanguageModel, Port, Probes, token_bytes
 from chassis_utils.activations import batched
 from chassis_utils.metrics import BLOCK, ratio_bounds
-from chassis_utils.router import LENGTHS, _states
 from interventions import _told
 from likeliest import following
 from plots import GREY, PALETTE, _dropdowns, _figures, _finish, _numbers
 from records import Records
+from routes import LENGTHS, Router, _states
 from serving import vllm_refuses
 
 Document = Sequence[tuple[str, str]]  #: Parts of one text in order: side (whose text it is), and the text

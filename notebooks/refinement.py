@@ -37,7 +37,7 @@ class _Rows:
         self.with_one = torch.cat([self.x, torch.ones_like(self.x[:, :1])], dim=1)  # for the bias
         self.base = a.base.readout(a.hidden[a.final].to(device))
         self.p = a.expert.readout(a.expert_hidden.to(device)).softmax(-1)
-        self.both = heads(a)[0]
+        self.both = torch.cat([*heads(a)[0]], dim=1)
         self.entropy = float(torch.special.entr(self.p.double()).sum())
 
     def kl(self, logits: torch.Tensor) -> float:

@@ -173,7 +173,7 @@ def test_shards_of_another_size_are_not_mixed_in(sharded: tuple, monkeypatch: py
     assert_equal(again(made, folder), again(made, None))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "deleted"])
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "deleted", "flipped"])
 def test_only_a_lost_shard_is_made_again(sharded: tuple, damage: str, capsys: pytest.CaptureFixture) -> None:
     made, folder, base_calls, expert_calls = sharded
     base_shards = {p for p in folder.iterdir() if "hidden.0" in p.read_bytes()[:4000].decode(errors="replace")}
@@ -181,6 +181,8 @@ def test_only_a_lost_shard_is_made_again(sharded: tuple, damage: str, capsys: py
     whole = victim.read_bytes()
     if damage == "deleted":
         victim.unlink()
+    elif damage == "flipped":  # one bit of one number
+        victim.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
     else:
         victim.write_bytes(whole[: len(whole) // 2 if damage == "truncated" else 0])
     assert_equal(again(made, folder), made)

@@ -5,6 +5,9 @@ import json
 import os
 import pickle
 import resource
+import socket
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -311,6 +314,23 @@ def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(
     (saved.parent / "link").symlink_to(saved)
     other.save(saved.parent / "link")
     assert Adapter.load(saved).method == "v1" and (saved.parent / "link").is_symlink()
+
+
+def test_what_a_killed_writer_left_goes_and_what_a_living_one_writes_stays(
+    activations: Activations, saved: Path
+) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host = socket.gethostname()
+    left, living, elsewhere, odd = (
+        saved.with_name(f".adapter.{word}.tmp")
+        for word in (f"{host}.{ended.pid}", f"{host}.{os.getppid()}", f"not-{host}.{ended.pid}", f"{host}.x")
+    )
+    for folder in (left, living, elsewhere, odd):
+        folder.mkdir()
+    fit(activations, "v1", rank=5).save(saved)
+    assert Adapter.load(saved).method == "v1"
+    assert {*saved.parent.iterdir()} == {saved, living, elsewhere, odd}
 
 
 def _json(change: dict) -> object:

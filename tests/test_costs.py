@@ -100,7 +100,7 @@ def test_costs_grow_with_tokens_as_their_parts_do(family: str) -> None:
     few, many = ({s.name: s for s in stages(one, one, n, family)} for n in (2**20, 2**24))
     for name in ("forward, base", "forward, expert", "rows", "sums"):
         assert FLAT.seconds(many[name]) == pytest.approx(16 * FLAT.seconds(few[name]))
-    for name in ("ridge", "judging", "both heads", "cut"):
+    for name in ("ridge", "judging", "cut"):
         assert FLAT.seconds(many[name]) == FLAT.seconds(few[name]) > 0
     assert bill(one, one, 2**20, FLAT, 3.0, family).money == 3 * bill(one, one, 2**20, FLAT, 1.0, family).money
     fast = Rates("fast", {kind: [(1.0, 4e9)] for kind in KINDS})

@@ -21,8 +21,9 @@ from chassis_utils import (
     harvest,
     load,
     probe_set,
+    solve,
 )
-from chassis_utils.solve import Gram, low_rank, scaled_ridge
+from chassis_utils.solve import Gram, Heads, low_rank, scaled_ridge
 from ownwords import _cut, written
 from plugs import SyntheticExpert
 
@@ -176,12 +177,26 @@ def test_low_rank_in_both_metrics_is_the_weighted_svd(p: int) -> None:
     weight, basis = (torch.randn(*s, generator=draw, dtype=torch.float64) for s in ((p, 12), (12, 60)))
     x = torch.randn(200, p, generator=draw, dtype=torch.float64)
     columns = torch.rand(60, generator=draw, dtype=torch.float64) + 0.1
-    down, up, values = low_rank(weight, x.T @ x, basis, columns)
+    down, up, values = low_rank(weight, x.T @ x, Heads(((1.0, basis.T),)), columns)
     truth = torch.linalg.svdvals(x @ weight @ basis * columns.sqrt())
     torch.testing.assert_close(values, truth[: len(values)], rtol=1e-6, atol=1e-6)
     for rank in (1, 3, len(values)):
-        lost = ((x @ (weight @ basis - down[:, :rank] @ up[:rank])) * columns.sqrt()).square().sum()
+        lost = ((x @ (weight @ basis - down[:, :rank] @ up[:rank].double())) * columns.sqrt()).square().sum()
         torch.testing.assert_close(lost, truth[rank:].square().sum(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("vocab", [1, 60, solve.COLUMNS, solve.COLUMNS + 1])
+def test_heads_by_columns_are_the_whole_matrix(vocab: int) -> None:
+    draw = torch.Generator().manual_seed(vocab)
+    one, other = (torch.randn(vocab, hidden, generator=draw) for hidden in (3, 5))
+    left, columns = torch.randn(4, 8, generator=draw), torch.rand(vocab, generator=draw)
+    heads = Heads(((1.0, one), (-0.5, other)))
+    whole = torch.cat([one.double().T, -0.5 * other.double().T])
+    for some, truth in ((heads, whole), (heads.centred(), whole - whole.mean(1, keepdim=True))):
+        torch.testing.assert_close(left @ some, (left.double() @ truth).float())
+        torch.testing.assert_close(left[0] @ some, (left[0].double() @ truth).float())
+        torch.testing.assert_close(some.squares(), truth @ truth.T)
+        torch.testing.assert_close(some.squares(columns), truth * columns.double() @ truth.T)
 
 
 # ----------------------------------------------------------------------------------------------- v2

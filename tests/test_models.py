@@ -4,6 +4,7 @@ import json
 import shutil
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -14,7 +15,7 @@ from conftest import VOCAB, WORDS, make, refused
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from chassis_utils import LanguageModel, load
+from chassis_utils import Adapter, Features, LanguageModel, Port, evaluate, fit, gather, harvest, load, probe_set
 from pocket_recipe import gpt2_tokenizer, llama_tokenizer
 from recast import recast
 
@@ -253,3 +254,42 @@ def test_an_architecture_that_does_not_exist_or_fit_is_refused(base: LanguageMod
         recast(base, "abacus")
     with refused("t5", base.name):  # an encoder and decoder: no causal model
         recast(base, "t5")
+
+
+PLACES = {"embed_tokens": "cpu", "layers.0": "disk", "layers.1": "cpu", "layers.2": "disk", "norm": "cpu"}
+PLACES = {f"model.{part}": place for part, place in (PLACES | {"rotary_emb": "cpu"}).items()}
+
+
+@pytest.mark.parametrize("head", ["cpu", "disk"])
+@pytest.mark.parametrize("begin", ["cpu", "disk"])
+def test_a_model_spread_over_memory_and_disk_is_the_same_model(
+    folders: dict[str, Path], base: LanguageModel, expert: LanguageModel, tmp_path: Path, head: str, begin: str
+) -> None:  # fmt: skip
+    where = PLACES | {"lm_head": head, "model.embed_tokens": begin}
+    spread = load(str(folders["base"]), device_map=where, offload_folder=str(tmp_path / "offload"))
+    away = [name for name, tensor in spread.model.state_dict().items() if tensor.is_meta]
+    assert len(away) > 15 and spread.device == torch.device("cpu")
+    assert (spread.revision, spread.head_hash) == (base.revision, base.head_hash)
+    features, some = Features((3, 1, "block 2")), probe_set("math-text", n=16)
+    one, other = (fit(gather(model, expert, some, features, progress=False), "ridge") for model in (base, spread))
+    assert torch.equal(one.down @ one.up, other.down @ other.up)
+    # With edits on the way, and at work in the port, which shares what is in memory and reads the rest from disk.
+    shape = ((base.hidden_size, 0), (0, base.hidden_size), (base.hidden_size,))
+    maps = (torch.full(size, 0.1) for size in shape)
+    shift = Adapter("shift", 1, *maps, base.name, base.head_hash, space="hidden", onto="layer")
+    v2 = replace(fit(harvest(spread, expert, some, "all", progress=False)), edits=(shift,))
+    assert v2.revision == replace(fit(harvest(base, expert, some, "all", progress=False)), edits=(shift,)).revision
+    tables = [evaluate(model, expert, v2, some, positions="all", allow_overlap=True) for model in (base, spread)]
+    assert tables[0]["kl"].tolist() == tables[1]["kl"].tolist()
+    written = []
+    for model in (base, spread):
+        port = Port(model)
+        port.plug("v2", v2)
+        port.use("v2")
+        written.append(port.generate("The river", max_new_tokens=6))
+    assert written[0] == written[1]
+
+
+def test_a_map_of_devices_that_cannot_be_is_refused(folders: dict[str, Path]) -> None:
+    with refused(str(folders["base"]), "loaded"):
+        load(str(folders["base"]), device_map="everywhere")

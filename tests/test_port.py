@@ -28,13 +28,13 @@ from chassis_utils import (
     LanguageModel,
     Port,
     Probes,
-    Router,
     fit,
     harvest,
     load,
     probe_set,
 )
 from chassis_utils.models import tensor_hash
+from routes import Router
 
 PROMPTS = ["Tom has 12 apples and buys", "The", "What is love? It is a thing of"]
 

@@ -15,10 +15,10 @@ import torch
 from conftest import refused
 
 import porting
-from chassis_utils import Adapter, LanguageModel, Port, Probes, Router, evaluate, fit, harvest, load, probe_set
+from chassis_utils import Adapter, LanguageModel, Port, Probes, evaluate, fit, harvest, load, probe_set
 from chassis_utils.metrics import kl
 from records import Records
-from routes import confusion
+from routes import Router, confusion
 
 TEXTS = {"math": "math-text", "verse": "verse"}
 NAMES = {"math": "pocket-math", "verse": "pocket-shakespeare"}

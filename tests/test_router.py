@@ -13,13 +13,14 @@ from conftest import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chassis_utils import Adapter, LanguageModel, Probes, Router, load, probe_set, router
+from chassis_utils import Adapter, LanguageModel, Probes, load, probe_set
 from chassis_utils.activations import tokenize
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import routing
 
-from routes import confusion
+import routes
+from routes import Router, confusion
 
 VAL = {"pocket-math": probe_set("math-text", "val"), "pocket-shakespeare": probe_set("verse", "val")}
 SOME = [
@@ -98,7 +99,7 @@ def test_distance_and_score_are_those_of_the_definition(fitted: Router) -> None:
     precision = fitted.whiten @ fitted.whiten.T
     gaps = [state - mean @ fitted.whiten.inverse() for mean in fitted.means]
     squares = torch.stack([gap @ precision @ gap for gap in gaps])
-    number = sum(length <= ids.shape[1] - 1 for length in router.LENGTHS) - 1
+    number = sum(length <= ids.shape[1] - 1 for length in routes.LENGTHS) - 1
     row = fitted([prompt]).iloc[0]
     assert row["distance"] == pytest.approx(float(squares.min() / fitted.limit[number] / fitted.slack), rel=1e-4)
     assert row["pocket-math"] == pytest.approx(float((-squares / 2).softmax(0)[0]), abs=1e-4)
@@ -112,7 +113,7 @@ def test_means_and_covariance_are_those_of_all_windows_but_the_held_out(pocket: 
         for i, ids in enumerate(tokenize(pocket, one)[0]):
             with torch.inference_mode():
                 state = pocket.model.model(torch.tensor([ids])).last_hidden_state[0, 1:].double()
-            lengths = [*(k for k in router.LENGTHS if k < len(state)), len(state)]
+            lengths = [*(k for k in routes.LENGTHS if k < len(state)), len(state)]
             cuts = [state[at : at + k] for k in lengths for at in range(0, len(state) - k + 1, k)]
             means += [] if i == 7 else [part.mean(0) for part in cuts]
         classes.append(torch.stack(means))
