@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from psutil import pid_exists
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -70,10 +71,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     What cannot be written raises ChassisError and leaves the old one. What killed processes of this machine left goes.
     """
-    final, host = Path(os.path.realpath(path)), socket.gethostname()
-    temporary, aside = (final.with_name(f".{final.name}.{host}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    left = final.parent.glob(glob.escape(f".{final.name}.{host}.") + "*.tmp")
-    _remove(temporary, aside, *(one for one in left if _ended(one.name.split(".")[-2])))
+    mark = f".{(final := Path(os.path.realpath(path))).name}.{socket.gethostname()}."
+    temporary, aside = (final.with_name(f"{mark}{os.getpid()}.{end}") for end in ("tmp", "old"))
+    left = [(one, one.name.split(".")[-2]) for one in final.parent.glob(glob.escape(mark) + "*.tmp")]
+    ended = (one for one, pid in left if pid.isdecimal() and not pid_exists(min(int(pid), 2**31 - 1)))
+    _remove(temporary, aside, *ended)
     try:
         with _writing(path):
             yield temporary
@@ -121,16 +123,6 @@ def _exchanged(one: Path, other: Path) -> bool:
     """Let two folders take each other's place in one step, as a rename cannot; False where the system cannot either."""
     exchange = getattr(ctypes.CDLL(None), "renameat2", None)  # -100 is AT_FDCWD there, 2 RENAME_EXCHANGE
     return exchange is not None and exchange(-100, os.fsencode(one), -100, os.fsencode(other), 2) == 0
-
-
-def _ended(pid: str) -> bool:
-    """Whether no such process runs on this machine."""
-    with suppress(PermissionError, ValueError, OverflowError):
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            return True
-    return False
 
 
 def _remove(*paths: Path) -> None:

@@ -250,8 +250,26 @@ class LanguageModel:
 
         `input_ids` and `mask`, 1 at real tokens, are `(batch, length)`, padded on either side; `layers` any places, or
         None, the final; the ids of `prefix` come before every row and are run once; `grad` keeps what a gradient needs.
-        Returns place -> `(batch, length, size)`, float32, after the edits there.
+        Returns place -> `(batch, length, size)`, float32, after the edits there. Rows for which memory does not suffice
+        go by halves, which is said; ChassisError where it does not for one.
         """
+        try:
+            return self._states(input_ids, mask, layers, prefix, grad)
+        except (MemoryError, RuntimeError) as error:  # which a GPU's own is too
+            if not isinstance(error, MemoryError) and "memory" not in str(error):
+                raise
+            size = f"{self.name}: memory does not suffice for {len(input_ids)} rows of {input_ids.shape[1]} tokens"
+            if len(input_ids) == 1:
+                raise ChassisError(f"{size}: shorten the prompt, or free memory") from error
+        warnings.warn(f"{size} at once; half of them at a time", stacklevel=2)
+        halves = zip(input_ids.tensor_split(2), mask.tensor_split(2), strict=True)
+        found = [self.states(*half, layers, prefix, grad) for half in halves]
+        return {place: torch.cat([half[place] for half in found]) for place in found[0]}
+
+    def _states(
+        self, input_ids: torch.Tensor, mask: torch.Tensor, layers: Sequence[Place] | None, prefix: Sequence[int],
+        grad: bool,
+    ) -> dict[Place, torch.Tensor]:  # fmt: skip
         layers = [self.num_layers] if layers is None else list(layers)
         input_ids, mask = input_ids.to(self.device), mask.to(self.device)
         # A block's inputs are known when the next block begins. What begins all rows is run to its end.

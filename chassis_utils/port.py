@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -33,15 +33,6 @@ class Bridging(Protocol):
 
     def bridged(self, base: LanguageModel, prompts: Sequence[str], progress: bool = True) -> Bridged:
         """What it says behind each of n prompts, in the base's vocabulary."""
-
-
-class Routing(Protocol):
-    """What tells for which plug a prompt is, such as a `Router`."""
-
-    base: LanguageModel
-
-    def __call__(self, texts: Sequence[str]) -> pd.DataFrame:
-        """A row a prompt, whose `choice` is the name of a plug, or None for the bare base."""
 
 
 Live = LanguageModel | Bridge | Bridging  #: An expert that runs beside the base and is asked at every token
@@ -81,7 +72,7 @@ class Port:
     penalties for repetition) and `probabilities`; a call of `model` itself has no text.
     """
 
-    def __init__(self, base: LanguageModel, router: Routing | None = None) -> None:
+    def __init__(self, base: LanguageModel, router: Callable[[Sequence[str]], pd.DataFrame] | None = None) -> None:
         if not isinstance(base, LanguageModel) or base.edits:
             why = "has edits already" if isinstance(base, LanguageModel) else "is no model"
             raise ChassisError(f"{getattr(base, 'name', base)!s:.80} {why}: load the bare model, and plug in the rest")

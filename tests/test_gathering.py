@@ -343,6 +343,17 @@ def test_workers_fit_what_one_process_fits_to_the_bit(
         assert bool(found[0].edits) == (one is expert)
 
 
+def test_workers_spread_a_base_as_they_are_told(
+    folders: dict[str, Path], prompts: Probes, tmp_path: Path
+) -> None:
+    where = {"device_map": {"model": "cpu", "lm_head": "disk"}, "offload_folder": str(tmp_path / "offload")}
+    base = load(str(folders["base"]), **where)
+    sums = gather(base, base, prompts, final(base), progress=False, batch_tokens=64)
+    with Gathering(tmp_path / "sums", shard=24, workers=1, **where) as several:
+        found = several(base, base, prompts, final(base), progress=False, batch_tokens=64)
+    torch.testing.assert_close(found.train.xx, sums.train.xx, rtol=1e-6, atol=1e-6)
+
+
 def test_a_try_that_fails_is_told_and_made_again(base: LanguageModel, prompts: Probes, tmp_path: Path,
                                                  capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     plain = SyntheticExpert.from_base(base, rank=2)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -293,3 +295,40 @@ def test_a_model_spread_over_memory_and_disk_is_the_same_model(
 def test_a_map_of_devices_that_cannot_be_is_refused(folders: dict[str, Path]) -> None:
     with refused(str(folders["base"]), "loaded"):
         load(str(folders["base"]), device_map="everywhere")
+
+
+SHORT = """
+import resource, sys, warnings
+import torch
+from chassis_utils import Features, fit, gather, load, probe_set
+from chassis_utils.errors import ChassisError
+base, expert, text = load("pocket-base", device="cpu"), load("pocket-math", device="cpu"), probe_set("math-text", n=64)
+def total(batch):
+    return gather(base, expert, text, Features((6,)), batch_tokens=batch, progress=False).train.xx
+whole = total(16384)
+with open("/proc/self/statm") as file:
+    held = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + int(sys.argv[1]) * 2**20, -1))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    try:
+        print(bool(torch.allclose(total(16384), whole, rtol=1e-4)))
+    except ChassisError as error:
+        print(error)
+print(sum("half of them at a time" in str(one.message) for one in caught) > 0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as Linux does")
+def test_a_batch_that_memory_does_not_hold_goes_by_halves() -> None:
+    said = subprocess.run([sys.executable, "-c", SHORT, "24"], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["True", "True"]
+
+
+def test_a_row_that_memory_does_not_hold_is_refused(base: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(base.backbone, "forward", full)
+    with pytest.warns(UserWarning, match="half of them"), refused("memory does not suffice", "shorten the prompt"):
+        base.states(IDS.expand(4, -1), torch.ones_like(IDS).expand(4, -1))
