@@ -1,19 +1,17 @@
-"""Sums gathered by workers: two against one, a worker's memory as prompts grow, and runs killed at random moments.
+"""Sums gathered by workers: two against one, and a worker's memory as prompts grow.
 
-    python benchmarks/gathered.py --parts speed memory kills --kills 20
+    python benchmarks/gathered.py --parts speed memory
 
 Every run is a process of its own with its own workers. *Speed*: seconds of one worker over those of two, workers that
 have loaded the models already, rounds in alternating order; beside it the share of the time in which a worker had a
 core, as other work on the machine takes some. *Memory*: peak of a worker and of who sums, at some shards and at 16
-times as many. *Kills*: `kill -9` of the driving process after a time drawn from the length of a whole run, started
-again at once until it ends; the sums must be, to the bit, those of the run that nobody killed. Printed: one line.
+times as many. Printed: one line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import resource
 import statistics
 import sys
@@ -28,9 +26,8 @@ TIMES = 16
 
 
 def live(out: Path, workers: int, shards: int, size: int, warm: bool) -> dict[str, Any]:
-    """Gather once with the pocket models; what it took of time and memory, and the checksum of the sums."""
+    """Gather once with the pocket models; what it took of time and memory."""
     import psutil
-    from safetensors import safe_open
 
     from chassis_utils import Features, Probes, load, probe_set
     from gathering import Gathering
@@ -52,17 +49,13 @@ def live(out: Path, workers: int, shards: int, size: int, warm: bool) -> dict[st
             found["cpu"] = sum(after) - sum(busy)
         peaks = (Path(f"/proc/{one.pid}/status") for one in psutil.Process().children(recursive=True))
         peaks = [line.split()[1] for path in peaks for line in path.read_text().splitlines() if line[:5] == "VmHWM"]
-        found["peak"] = max(map(int, peaks), default=0) / 2**10
-    sums = max(out.glob("*/sum.safetensors"), key=lambda path: path.stat().st_mtime)
-    with safe_open(sums, framework="pt") as file:
-        return found | {"checksum": json.loads(file.metadata()["key"])["sha256"]}
+        return found | {"peak": max(map(int, peaks), default=0) / 2**10}
 
 
-def run(out: Path, *words: Any, seconds: float | None = None) -> dict[str, Any] | None:
-    """`live` in a new process, ended after so many seconds; None if it was."""
-    command = [sys.executable, __file__, "--live", str(out), *map(str, words)]
-    told = life(command, seconds, env={"OMP_NUM_THREADS": "1"})
-    return told if told is None else json.loads(told.splitlines()[-1])
+def run(out: Path, *words: Any) -> dict[str, Any]:
+    """`live` in a new process."""
+    told = life([sys.executable, __file__, "--live", str(out), *map(str, words)], env={"OMP_NUM_THREADS": "1"})
+    return json.loads(told.splitlines()[-1])
 
 
 def speed(root: Path, rounds: int) -> dict[str, Any]:
@@ -87,39 +80,12 @@ def memory(root: Path) -> dict[str, Any]:
     return found | {"own_mib": few["own_peak"], "own_mib_16_times": many["own_peak"]}
 
 
-def kills(root: Path, number: int, workers: int, seed: int) -> dict[str, Any]:
-    """Rounds of lives, all but the last of each killed."""
-    words, draw, shards = ("--workers", workers, "--shards", 8, "--size", 24), random.Random(seed), 8
-    clock = time.monotonic()
-    whole = run(root / "whole", *words)
-    length = time.monotonic() - clock
-    killed, rounds, differ, again, most = 0, 0, 0, 0, 0
-    while killed < number:
-        out, begun, ended = root / f"round{rounds}", [], None
-        while ended is None:
-            # The last round is left to end.
-            ended = run(out, *words, seconds=length * draw.random() if killed < number else None)
-            killed += ended is None
-            lines = [one.split()[0] for path in out.glob("*/tries.txt") for one in path.read_text().splitlines()]
-            repeated = sum(one in begun for one in lines[len(begun) :])
-            begun, again, most = lines, again + repeated, max(most, repeated)
-        rounds, differ = rounds + 1, differ + (ended["checksum"] != whole["checksum"])
-        assert {*begun} == {f"{i:05d}" for i in range(shards)}
-    found = {"kills": killed, "rounds": rounds, "rounds_that_differ": differ, "shards_begun_again": again}
-    return found | {"most_begun_again_by_a_restart": most, "workers": workers, "seconds_of_a_run": round(length, 1)}
-
-
 def main() -> None:
     """Print one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--parts", nargs="+", choices=("speed", "memory", "kills"), default=["speed", "memory", "kills"]
-    )
+    parser.add_argument("--parts", nargs="+", choices=("speed", "memory"), default=["speed", "memory"])
     parser.add_argument("--rounds", type=int, default=3, help="of speed")
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--workers", type=int, default=2, help="of the runs that are killed")
-    parser.add_argument("--seed", type=int, default=0)
-    for name, kind in (("--live", Path), ("--shards", int), ("--size", int)):
+    for name, kind in (("--live", Path), ("--workers", int), ("--shards", int), ("--size", int)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
     told = parser.parse_args()
@@ -129,7 +95,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         parts = {"speed": lambda: speed(root, told.rounds), "memory": lambda: memory(root)}
-        parts["kills"] = lambda: kills(root, told.kills, told.workers, told.seed)
         print(json.dumps({part: parts[part]() for part in told.parts}))
 
 

@@ -1,12 +1,12 @@
 """Kill long work at random moments, `kill -9`, until it ends: nothing may be lost, and no figure may differ.
 
-    python benchmarks/kills.py --kills 50 --what grid run harvest save [--workers 2] [--out kills.json]
+    python benchmarks/kills.py --kills 50 --what grid run harvest gather save [--workers 2] [--out kills.json]
 
 Each life of a command is ended after a time drawn from the whole length of an uninterrupted one; a life that ends by
 itself closes a round, whose results must equal, to the bit, those of the command that nobody killed. `grid` and `run`
-are of toy pages of about two seconds; `harvest` writes shards of eight prompts of the pocket models; `save` writes two
-adapters in turn over one another, and what is found after a kill must be one of them, whole. A line of JSON for each.
-`benchmarks/gathered.py --kills` does the same to a gathering.
+are of toy pages of about two seconds; `harvest` and `gather` write shards of eight prompts of the pocket models; `save`
+writes two adapters in turn over one another, and what is found after a kill must be one of them, whole. A line of JSON
+for each. `benchmarks/faults.py` does to the same works what is no kill.
 """
 
 from __future__ import annotations
@@ -59,6 +59,21 @@ for layer in found.layers:
     digest.update(found.layer(layer).numpy().tobytes())
 open("digest.txt", "w").write(digest.hexdigest())
 """
+GATHER = """
+import json, sys
+from safetensors import safe_open
+from chassis_utils import Features, load, probe_set
+from gathering import Gathering
+if __name__ == "__main__":
+    base, expert = (load(f"pocket-{name}", device="cpu") for name in ("base", "math"))
+    where = {"scheduler": sys.argv[1]} if len(sys.argv) > 1 else {"workers": 2}
+    with Gathering("sums", shard=8, **where) as gather:
+        gather(base, expert, probe_set("math-text", n=64), Features((base.num_layers,)), progress=False)
+    from pathlib import Path
+    (path,) = Path("sums").glob("*/sum.safetensors")
+    with safe_open(path, framework="pt") as file:
+        Path("digest.txt").write_text(json.loads(file.metadata()["key"])["sha256"])
+"""
 SAVE = """
 from itertools import cycle
 from chassis_utils import Adapter
@@ -75,6 +90,8 @@ class Work:
     command: list[str]
     left: Callable[[Path], Any]
     fresh: tuple[str, ...]
+    #: Names of the pieces of work that were begun so far
+    begun: Callable[[Path], list[str]] = lambda root: []
 
 
 def notebook(path: Path, stem: str, suffix: str) -> None:
@@ -115,36 +132,59 @@ def pages(root: Path) -> list:
     return [rows, whole, sorted(path.name for path in out.glob(".*.partial*"))]
 
 
-def works(workers: int) -> dict[str, Work]:
-    """What ends by itself."""
-    chassis = [sys.executable, "-m", "chassis_utils.cli"]
-    grid = [*chassis, "grid", "grid.yml", "--workers", str(workers)]
+def works(root: Path, workers: int, scheduler: str | None = None) -> dict[str, Work]:
+    """What ends by itself, in a project of `project`; grid and gather on worker processes, or a scheduler's."""
+    chassis, python = [sys.executable, "-m", "chassis_utils.cli"], [sys.executable]
+    where = ["--workers", str(workers)] if scheduler is None else ["--scheduler", scheduler]
+    (root / "gather.py").write_text(GATHER)  # a file, since worker processes import what began them
+
+    def lines(*names: str) -> Callable[[Path], list[str]]:
+        def begun(root: Path) -> list[str]:
+            return [line.split()[0] for name in names for path in root.glob(name) for line in path.open()]
+
+        return begun
+
+    def digest(root: Path) -> str:
+        return (root / "digest.txt").read_text()
+
+    pieces, shards = lines("begun.txt"), lines("sums/*/tries.txt")
+    gather = [*python, "gather.py", *([scheduler] if scheduler else [])]
     return {
-        "grid": Work(grid, tables, ("book", "begun.txt")),
-        "run": Work([*chassis, "run", "--profile", "toy", "--missing"], pages, ("book", "begun.txt")),
-        "harvest": Work([sys.executable, "-c", HARVEST], lambda root: (root / "digest.txt").read_text(),
-                        ("shards", "digest.txt")),
-    }  # fmt: skip
+        "grid": Work([*chassis, "grid", "grid.yml", *where], tables, ("book", "begun.txt"), pieces),
+        "run": Work([*chassis, "run", "--profile", "toy", "--missing"], pages, ("book", "begun.txt"), pieces),
+        "harvest": Work([*python, "-c", HARVEST], digest, ("shards", "digest.txt")),
+        "gather": Work(gather, digest, ("sums", "digest.txt"), shards),
+    }
 
 
-def killed(root: Path, work: Work, kills: int, cells: int, draw: random.Random) -> dict[str, Any]:
+def cleared(root: Path, work: Work) -> None:
+    """Take away what a work left."""
+    for name in work.fresh:
+        shutil.rmtree(root / name) if (root / name).is_dir() else (root / name).unlink(missing_ok=True)
+
+
+def killed(root: Path, work: Work, kills: int, draw: random.Random) -> dict[str, Any]:
     """Rounds of a work, each killed until it ends, until there were so many kills."""
-    begun, done, moments, rounds, again, differ = root / "begun.txt", 0, [], 0, 0, 0
+    done, moments, rounds, again, most, differ = 0, [], 0, 0, 0, 0
     clock = time.monotonic()
     life(work.command, cwd=root)
     length, whole = time.monotonic() - clock, work.left(root)
     while done < kills:
-        for name in work.fresh:
-            shutil.rmtree(root / name) if (root / name).is_dir() else (root / name).unlink(missing_ok=True)
-        # The last round is left to end.
-        while life(work.command, moment := length * draw.random() if done < kills else None, root) is None:
-            done += 1
-            moments.append(round(moment / length, 3))
-        rounds += 1
-        again += len(begun.read_text().splitlines()) - cells if begun.exists() else 0
+        cleared(root, work)
+        begun: list[str] = []
+        ended = False
+        while not ended:
+            # The last round is left to end.
+            moment = length * draw.random() if done < kills else None
+            ended = life(work.command, moment, root) is not None
+            done += not ended
+            moments += [] if ended else [round(moment / length, 3)]
+            now = work.begun(root)
+            most, begun = max(most, sum(one in begun for one in now[len(begun) :])), now
+        rounds, again = rounds + 1, again + len(begun) - len({*begun})
         differ += work.left(root) != whole
-    told = {"kills": done, "rounds": rounds, "begun_again": again, "rounds_that_differ": differ}
-    return told | {"seconds_of_a_round": round(length, 1), "moments": moments}
+    told = {"kills": done, "rounds": rounds, "begun_again": again, "most_by_a_restart": most}
+    return told | {"rounds_that_differ": differ, "seconds_of_a_round": round(length, 1), "moments": moments}
 
 
 def saved(root: Path, kills: int, draw: random.Random) -> dict[str, Any]:
@@ -178,7 +218,7 @@ def main() -> None:
     """Print one line of JSON for each work, and with --out write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--what", nargs="+", choices=["grid", "run", "harvest", "save"], default=["grid"])
+    parser.add_argument("--what", nargs="+", choices=["grid", "run", "harvest", "gather", "save"], default=["grid"])
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--cells", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
@@ -188,8 +228,8 @@ def main() -> None:
         draw = random.Random(f"{what} {options.seed}")
         with tempfile.TemporaryDirectory() as folder:
             root = project(Path(folder) / "toy", options.cells)
-            work = works(options.workers).get(what)
-            told = killed(root, work, options.kills, options.cells, draw) if work else saved(root, options.kills, draw)
+            work = works(root, options.workers).get(what)
+            told = killed(root, work, options.kills, draw) if work else saved(root, options.kills, draw)
         told = {"what": what, "workers": options.workers} | told
         print(json.dumps({name: value for name, value in told.items() if name != "moments"}), flush=True)
         if options.out:
