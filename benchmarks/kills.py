@@ -94,10 +94,10 @@ class Work:
     begun: Callable[[Path], list[str]] = lambda root: []
 
 
-def notebook(path: Path, stem: str, suffix: str) -> None:
-    """A page that writes records twice."""
+def notebook(path: Path, stem: str, suffix: str, code: str = CODE) -> None:
+    """A page that writes records twice, or runs other code."""
     first = new_code_cell("seed = 0\nout_dir = '.'", metadata={"tags": ["parameters"]})
-    page = new_notebook(cells=[first, new_code_cell(f"stem, suffix = '{stem}', '{suffix}'"), new_code_cell(CODE)])
+    page = new_notebook(cells=[first, new_code_cell(f"stem, suffix = '{stem}', '{suffix}'"), new_code_cell(code)])
     page.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(page, path / f"{stem}.ipynb")
 
