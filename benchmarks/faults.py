@@ -11,9 +11,9 @@ got over it, and temporary files left behind.
 *disk*: the project lies on a small file system (tmpfs) that fills on the way; then it gets room. *interrupt*: Ctrl-C.
 *shard*: of a run that was killed or has ended, one bit of one file is turned, or its end cut off. *clock*: the clock of
 all processes jumps by up to a day either way, twice a second, and the run is killed once. *memory*: the address space
-is limited; states are equal but for rounding then. *worker*, *scheduler*: one of a Dask cluster on loopback is killed, and
-another begins. *network*: scheduler and workers are hosts of their own (network namespaces), and a worker's wire is out
-for some seconds.
+is limited; states are equal but for rounding then. *worker*, *scheduler*: one of a Dask cluster on loopback is killed,
+and another begins. *network*: scheduler and workers are hosts of their own (network namespaces), and a worker's wire is
+out for some seconds.
 
 *disk* and *network* need the rights of root, *clock* a C compiler; what cannot be tried here is left out, and said.
 """
