@@ -1,4 +1,4 @@
-"""CHASSIS: run notebooks, alone or as a grid, build the book, try the port in a browser."""
+"""CHASSIS: see what works here, run notebooks, alone or as a grid, build the book, try the port in a browser."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
 from chassis_utils import __version__
 from chassis_utils.errors import ChassisError
 
 
 def _setting(text: str) -> tuple[str, Any]:
     """`key=value`, the value read as YAML: `ranks=[1, 2]` is a list of integers."""
+    import yaml  # here, so that a Python without it gets as far as `doctor`
+
     key, equals, value = text.partition("=")
     try:
         parsed = yaml.safe_load(value)
@@ -52,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(prog="chassis", description=__doc__)
     whole.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = whole.add_subparsers(dest="command", required=True)
+    doctor = commands.add_parser("doctor", help="what works here, what does not, and what to do; changes nothing")
+    doctor.add_argument("--profile", default="pocket", help="what it needs decides (default: pocket)")
     run = commands.add_parser("run", help="execute notebooks into book/run/<profile>")
     run.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="such as 01_exact_adapter; none means all")
     run.add_argument("--profile", default="pocket", help="a block of notebooks/profiles.yml (default: pocket)")
@@ -83,7 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
         # What is imported here takes a second or more, which a wrong option need not wait for.
-        if options.command == "port":
+        if options.command == "doctor":
+            import doctor
+
+            doctor.examine(options.profile)
+        elif options.command == "port":
             import portserver
 
             portserver.serve(options.base, options.plugs, options.port, options.browser)
