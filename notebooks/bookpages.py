@@ -1,4 +1,4 @@
-"""The book's own Sphinx extension: plotly figures and long tables on its pages, which quote the run that is built.
+"""The book's own Sphinx extension: plotly figures, long tables and the package's names on pages that quote a run.
 
 A page holds a figure's JSON and nothing else; one `plotly.min.js`, taken from the installed plotly, is loaded where a
 page has a figure. All of it works from `file://`, with no network.
@@ -70,10 +70,38 @@ def _load_scripts(app: Any, page: str, template: str, context: dict[str, Any], d
             app.add_js_file(name, loading_method="defer")
 
 
+def _link_names(app: Any, env: Any, node: Any, text: Any) -> Any:
+    """Link a class of the package by its last name: annotations tell the module that it lives in, or none at all."""
+    if node.get("refdomain") != "py":
+        return None
+    domain, name = env.get_domain("py"), node["reftarget"].rsplit(".", 1)[-1]
+    homes = (full for full, one in domain.objects.items() if full.endswith(f".{name}") and one.objtype == "class")
+    if not (full := next(homes, None)):
+        return None
+    return domain.resolve_xref(env, node["refdoc"], app.builder, "class", full, node, text)
+
+
+def _readable(app: Any, what: str, name: str, object: Any, options: Any, signature: str, returns: str) -> Any:
+    """A signature that Sphinx can read: a default that is made anew each time is no Python there."""
+    return signature and signature.replace("<factory>", "{}"), returns
+
+
+def _sections(app: Any, what: str, name: str, object: Any, options: Any, lines: list[str]) -> None:
+    """Give Sphinx the sections of a Google docstring; an attribute has none, and its first colon ends no type."""
+    from sphinx.ext.napoleon import GoogleDocstring
+
+    if what not in ("attribute", "property"):
+        lines[:] = GoogleDocstring(lines, what=what).lines()
+
+
 def setup(app: Any) -> dict[str, bool]:
-    """The extension: plotly copied once, figures made HTML, scripts loaded per page, the run that is built quoted."""
+    """The extension: plotly copied once, figures made HTML, scripts loaded per page, runs quoted, names linked."""
     app.connect("config-inited", _add_plotly)
     app.connect("source-read", _quote_run)
     app.connect("source-read", _show_figures)
     app.connect("html-page-context", _load_scripts)
+    app.setup_extension("sphinx.ext.autodoc")
+    app.connect("autodoc-process-signature", _readable)
+    app.connect("autodoc-process-docstring", _sections)
+    app.connect("missing-reference", _link_names)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
