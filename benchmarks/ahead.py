@@ -1,0 +1,90 @@
+"""What the page on one's own GPU tells ahead: bytes and times by the model of cost (`notebooks/costs.py`).
+
+Nothing is measured or downloaded; written to `book/ahead.md`, which the page includes. python benchmarks/ahead.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoConfig
+
+# Before this folder, where another file is called `costs`.
+sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
+from costpage import size, span
+from costs import Device, Rates, Shape, bill, mixed, shape, sizes
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "book" / "ahead.md"
+TOKENS, RANK, UTILISATION, THREADS = 100_000, 64, 0.4, 8
+PHI = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "num_attention_heads": 32}
+PHI |= {"num_key_value_heads": 32, "vocab_size": 51200, "max_position_embeddings": 2048, "partial_rotary_factor": 0.4}
+ADA, AMPERE = "NVIDIA Ada architecture whitepaper", "NVIDIA Ampere GA102 architecture whitepaper"
+#: Dense peaks: half precision with sums in single, double precision, bandwidth, memory.
+CARDS = (
+    Device("RTX 4070 Ti 12 GB", 80.2e12, 0.627e12, 504e9, 12e9, ADA),
+    Device("RTX 3090 24 GB", 71e12, 0.556e12, 936e9, 24e9, AMPERE),
+    Device("RTX 4090 24 GB", 165.2e12, 1.29e12, 1008e9, 24e9, ADA),
+)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as markdown, the first one the head."""
+    head, *rest = rows
+    lines = [head, [":---", *["---:"] * (len(head) - 1)], *rest]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def told() -> str:
+    """Both tables and what is assumed."""
+    tiny = shape("TinyLlama 1.1B")
+    phi = shape(AutoConfig.for_model("phi", **PHI))
+    kept = json.loads((ROOT / "notebooks" / "costs.json").read_text(encoding="utf-8"))
+    host = Rates("one thread", kept["rates"])
+    return "\n\n".join([_bytes(tiny, phi), _times(tiny, phi, host), _assumed()]) + "\n"
+
+
+def _bytes(tiny: Shape, phi: Shape) -> str:
+    rows = [["", "TinyLlama and its relative", "TinyLlama and Phi-2"]]
+    both = [(tiny, family) for family in ("final layer", "v2")]
+    weights = [size(2.0 * (tiny.parameters + expert.parameters)) for expert in (tiny, phi)]
+    rows.append(["weights, two bytes a number: to download, and on the GPU", *weights])
+    peaks = [sizes(tiny, expert, TOKENS, RANK, family)["peak of the fit"] for expert, family in both]
+    far = sizes(tiny, phi, TOKENS, RANK)["shards"]
+    rows.append(["memory of the machine, fit of the final layer", size(peaks[0]), "not counted"])
+    rows.append(["memory of the machine, v2", size(peaks[1]), "has none"])
+    shards = sizes(tiny, tiny, TOKENS, RANK)["shards"]
+    rows.append([f"disk, states of {TOKENS:,} tokens that `harvest` keeps", size(shards), size(far)])
+    return table(rows)
+
+
+def _times(tiny: Shape, phi: Shape, host: Rates) -> str:
+    rows = [[f"{TOKENS:,} tokens", *(card.name for card in CARDS)]]
+    ways = [mixed(card.rates(UTILISATION), host, THREADS) for card in CARDS]
+    for family in ("final layer", "v2"):
+        bills = [bill(tiny, tiny, TOKENS, way, family=family) for way in ways]
+        rows.append([f"TinyLlama and its relative, {family}", *(span(sum(one.seconds)) for one in bills)])
+        passes = [
+            sum(s for stage, s in zip(one.stages, one.seconds, strict=True) if stage.name.startswith("forward"))
+            for one in bills
+        ]
+        rows.append(["of it passes of both models, on the GPU", *map(span, passes)])
+    flops = tiny.forward(TOKENS) + phi.forward(TOKENS)
+    rows.append(["TinyLlama and Phi-2, passes of both", *(span(flops / (UTILISATION * card.half)) for card in CARDS)])
+    return table(rows)
+
+
+def _assumed() -> str:
+    cards = "; ".join(f"{card.name}, {card.half / 1e12:g} TFLOP/s ({card.source})" for card in CARDS)
+    return (
+        f"Assumed: {UTILISATION:g} of the peaks of {cards}; prompts of 256 tokens; sums and solves on {THREADS} "
+        "threads of the machine, each as fast as the one that page 23 was measured with."
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(told(), encoding="utf-8")
+    print(told())
