@@ -11,7 +11,9 @@ import json
 import os
 import re
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 MARK, SORTABLE = 'class="chassis-plot"', 'class="dataframe sortable"'
@@ -70,6 +72,47 @@ def _load_scripts(app: Any, page: str, template: str, context: dict[str, Any], d
             app.add_js_file(name, loading_method="defer")
 
 
+def launch_buttons(stem: str, repository: str) -> list[dict[str, str]]:
+    """Ways to run a notebook of a repository: on Binder, and of GitHub's also on Colab; none without a repository.
+
+    `repository` is the address of a branch as its web page has it: `https://host/owner/name/tree/branch`, or without
+    the last two, of `main`. ValueError: it is no such address.
+    """
+    if not repository:
+        return []
+    told = re.fullmatch(
+        r"https://([\w.-]+)/([\w.-]+(?:/[\w.-]+?)+?)(?:\.git)?(?:/(?:-/)?tree/([\w./-]+?))?/?", repository
+    )
+    if not told:
+        raise ValueError(f"'{repository}' is no address of a repository: give https://host/owner/name/tree/branch")
+    host, name, branch = told[1], told[2], told[3] or "main"
+    where = f"gh/{name}" if host == "github.com" else f"git/{quote(f'https://{host}/{name}', safe='')}"
+    path = f"notebooks/{stem}.ipynb"
+    ways = {"Binder": f"https://mybinder.org/v2/{where}/{quote(branch, safe='')}?urlpath=lab/tree/{path}"}
+    if host == "github.com":
+        ways["Colab"] = f"https://colab.research.google.com/github/{name}/blob/{branch}/{path}"
+    return [{"type": "link", "text": k, "tooltip": f"Run this page on {k}", "url": url} for k, url in ways.items()]
+
+
+def _check_repository(app: Any, config: Any) -> None:
+    """Refuse an address that no button could be made of, before any page is read."""
+    from sphinx.errors import ConfigError
+
+    try:
+        launch_buttons("page", config.chassis_repository)
+    except ValueError as error:
+        raise ConfigError(f"chassis_repository: {error}") from None
+
+
+def _offer_launch(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Put these beside a page that is a notebook: its source, which has no outputs, never the executed one."""
+    stem = page.rsplit("/", 1)[-1]
+    if "/run/" in f"/{page}" and (Path(app.srcdir) / "notebooks" / f"{stem}.ipynb").is_file():
+        if buttons := launch_buttons(stem, app.config.chassis_repository):
+            group = {"type": "group", "tooltip": "Run this page", "icon": "fas fa-rocket", "label": "launch-buttons"}
+            context["header_buttons"].append(group | {"buttons": buttons})
+
+
 def _link_names(app: Any, env: Any, node: Any, text: Any) -> Any:
     """Link a class of the package by its last name: annotations tell the module that it lives in, or none at all."""
     if node.get("refdomain") != "py":
@@ -100,6 +143,10 @@ def setup(app: Any) -> dict[str, bool]:
     app.connect("source-read", _quote_run)
     app.connect("source-read", _show_figures)
     app.connect("html-page-context", _load_scripts)
+    # The workflow that publishes knows its repository; a setting of _config.yml goes before that.
+    app.add_config_value("chassis_repository", os.environ.get("CHASSIS_REPOSITORY", ""), "html", [str])
+    app.connect("config-inited", _check_repository)
+    app.connect("html-page-context", _offer_launch, priority=502)  # the theme's own buttons come first
     app.setup_extension("sphinx.ext.autodoc")
     app.connect("autodoc-process-signature", _readable)
     app.connect("autodoc-process-docstring", _sections)

@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     grid.add_argument("--out", metavar="DIR", help="write here (default: book/run/<profile>/grid/<name of FILE>)")
     book = commands.add_parser("book", help="build the HTML from executed notebooks")
     book.add_argument("--profile", default="pocket", help="whose results (default: pocket)")
+    book.add_argument("--archive", action="store_true", help="also as one zip file, to be opened from disk")
     port = commands.add_parser("port", help="plugs, weights and a prompt, as a page on this machine alone")
     port.add_argument("--base", default="pocket-base", help="bundled name, folder or hub id (default: pocket-base)")
     port.add_argument("--plug", dest="plugs", type=_plug, action="append", default=[], metavar="NAME=FOLDER",
@@ -105,7 +106,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             import batch
 
-            print(f"the book: {batch.build_book(options.profile).as_uri()}")
+            first = batch.build_book(options.profile)
+            print(f"the book: {first.as_uri()}")
+            if options.archive:
+                from archive import archive
+
+                print(f"as one file: {archive(first.parent, first.parents[1] / f'chassis-{options.profile}.zip')}")
     except ChassisError as error:
         print(f"chassis: {error}", file=sys.stderr)
         return 1
