@@ -70,6 +70,8 @@ def _load_scripts(app: Any, page: str, template: str, context: dict[str, Any], d
     for mark, name in ((MARK, "plotly.min.js"), (MARK, "figures.js"), (SORTABLE, "tables.js")):
         if mark in context.get("body", ""):
             app.add_js_file(name, loading_method="defer")
+    if page == "search":
+        app.add_js_file("search.js", loading_method="defer")
 
 
 def launch_buttons(stem: str, repository: str) -> list[dict[str, str]]:

@@ -72,7 +72,7 @@ def test_unpacked_it_works_from_disk_and_its_search_finds_pages(packed: Path, br
     page.goto((folder / "index.html").as_uri())
     page.wait_for_selector(".chassis-plot[data-drawn] .main-svg")
     page.goto((folder / "search.html").as_uri() + "?q=formula")
-    page.wait_for_selector("#search-results ul.search li a")
+    page.wait_for_selector("#search-results .search-summary:has-text('found')")  # results come one by one until then
     found = page.locator("#search-results ul.search li a").all_inner_texts()
     assert any("Page two" in text for text in found) and not any("Landing" in text for text in found)
     page.locator("#search-results ul.search li a").first.click()
