@@ -1,4 +1,4 @@
-"""Tables and figure of page A2: kills and other faults, and what was lost, as scripts counted them."""
+"""Tables and figure of page A3: kills and other faults, and what was lost, as scripts counted them."""
 
 from __future__ import annotations
 
