@@ -23,7 +23,7 @@ WHOLE = ("base", "expert")  # beside the lenses: what each model says itself
 COLOURED = {
     "KL": ("kl", "vermilion", "KL to the expert (nats)"),
     "probability": ("probability", "blue", "probability of the token that is shown"),
-    "entropy": ("entropy", "violet", "entropy of the prediction (nats)"),
+    "entropy": ("entropy", "cobalt", "entropy of the prediction (nats)"),
 }
 HOVERED = ["layer", "token", "follows", *(column for column, *_ in COLOURED.values()), "says"]
 LETTERS = 5  # of a token, as a column on a telephone has room for; hovering shows it whole

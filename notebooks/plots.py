@@ -22,7 +22,8 @@ from chassis_utils.errors import ChassisError
 from chassis_utils.probes import SPLITS
 
 STYLES = json.loads(Path(__file__).with_name("styles.json").read_text(encoding="utf-8"))
-# Okabe and Ito's hues and a few between them, all moved to a contrast of 3 on white and on black. The last three are
+# Three of Okabe and Ito's hues and others as far from them, and from one another where they meet in a figure, as can be
+# had for readers of every kind of colour vision, at a contrast of 3 on white and on black. The last three are
 # for methods that have no style of their own, and for figures that run out of the others.
 *_COLOURS, GREY = STYLES["colours"].values()
 PALETTE, SPARE = _COLOURS[:10], _COLOURS[10:]
