@@ -1,4 +1,4 @@
-"""The book's own Sphinx extension: plotly figures, long tables and the package's names on pages that quote a run.
+"""The book's own Sphinx extension: figures, long tables, words explained, names and runs quoted on its pages.
 
 A page holds a figure's JSON and nothing else; one `plotly.min.js`, taken from the installed plotly, is loaded where a
 page has a figure. All of it works from `file://`, with no network.
@@ -10,13 +10,21 @@ import html
 import json
 import os
 import re
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from docutils import nodes
+
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 MARK, SORTABLE = 'class="chassis-plot"', 'class="dataframe sortable"'
+GLOSSARY = "book/glossary"
+#: Pages that are read from the front; elsewhere `head`, say, may be that of a cluster.
+CHAPTERS = re.compile(r"book/(index|right_and_wrong|mathematics|v2|parts/.+|run/.+)")
+#: Where a word is no prose, or leads somewhere already.
+NO_PROSE = (nodes.title, nodes.reference, nodes.literal, nodes.literal_block, nodes.math, nodes.raw, nodes.table)
 
 
 def figure_html(figure: dict[str, Any]) -> str:
@@ -59,6 +67,38 @@ def _show_figures(app: Any, page: str, source: list[str]) -> None:
             if figure := data.pop(PLOTLY_MIME, None):
                 data["text/html"] = figure_html(figure)
         source[0] = json.dumps(notebook)
+
+
+@cache
+def _terms(env: Any) -> dict[str, tuple[str, str]]:
+    """Term of the glossary, in small letters -> where it stands on that page, and what it means."""
+    items = env.get_doctree(GLOSSARY).findall(nodes.definition_list_item)
+    told = {name: item[-1].astext().replace("\n", " ") for item in items for term in item[:-1] for name in term["ids"]}
+    known = env.get_domain("std").objects.items()
+    return {name.lower(): (place, told[place]) for (kind, name), (_, place) in known if kind == "term"}
+
+
+def _link_terms(app: Any, doctree: Any, page: str) -> None:
+    """Lead from a page's first use of each term to the glossary, and show its meaning where the pointer rests."""
+    if not CHAPTERS.fullmatch(page) or GLOSSARY not in app.env.found_docs or app.builder.format != "html":
+        return
+    left = dict(_terms(app.env))
+    target = app.builder.get_relative_uri(page, GLOSSARY)
+    for text in list(doctree.findall(nodes.Text)):
+        one, prose = text.parent, []
+        while one is not None and not isinstance(one, NO_PROSE):
+            one = one.parent
+        if one is not None:
+            continue
+        words = "|".join(map(re.escape, sorted(left, key=len, reverse=True)))
+        for part in re.split(rf"(?<![\w-])({words})(?=s?(?![\w-]))", text, flags=re.IGNORECASE) if left else [text]:
+            if known := left.pop(part.lower(), None):
+                place, meaning = known
+                link = {"internal": True, "refuri": f"{target}#{place}", "reftitle": meaning, "classes": ["term"]}
+                prose.append(nodes.reference("", part, **link))
+            else:
+                prose.append(nodes.Text(part))
+        text.parent.replace(text, prose)
 
 
 def _load_scripts(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
@@ -140,10 +180,11 @@ def _sections(app: Any, what: str, name: str, object: Any, options: Any, lines: 
 
 
 def setup(app: Any) -> dict[str, bool]:
-    """The extension: plotly copied once, figures made HTML, scripts loaded per page, runs quoted, names linked."""
+    """The extension: plotly copied once, figures made HTML, scripts loaded per page, runs quoted, terms and names linked."""
     app.connect("config-inited", _add_plotly)
     app.connect("source-read", _quote_run)
     app.connect("source-read", _show_figures)
+    app.connect("doctree-resolved", _link_terms)
     app.connect("html-page-context", _load_scripts)
     # The workflow that publishes knows its repository; a setting of _config.yml goes before that.
     app.add_config_value("chassis_repository", os.environ.get("CHASSIS_REPOSITORY", ""), "html", [str])

@@ -19,7 +19,7 @@ from plots import _dropdowns, _finish, _numbers, _owned
 
 #: What becomes of an expert token's mass -> the colour of its flow.
 FATES = {
-    "same bytes": "blue", "longer token": "green", "shorter token": "violet", "across the end": "vermilion",
+    "same bytes": "blue", "longer token": "green", "shorter token": "cobalt", "across the end": "vermilion",
     "no token": "ochre", "not followed": "grey",
 }  # fmt: skip
 LEAST_SHARE = 0.01  # of all mass: thinner flows of a token are drawn as one

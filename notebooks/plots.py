@@ -22,7 +22,8 @@ from chassis_utils.errors import ChassisError
 from chassis_utils.probes import SPLITS
 
 STYLES = json.loads(Path(__file__).with_name("styles.json").read_text(encoding="utf-8"))
-# Okabe and Ito's hues and a few between them, all moved to a contrast of 3 on white and on black. The last three are
+# Three of Okabe and Ito's hues and others as far from them, and from one another where they meet in a figure, as can be
+# had for readers of every kind of colour vision, at a contrast of 3 on white and on black. The last three are
 # for methods that have no style of their own, and for figures that run out of the others.
 *_COLOURS, GREY = STYLES["colours"].values()
 PALETTE, SPARE = _COLOURS[:10], _COLOURS[10:]
@@ -135,6 +136,13 @@ def _dropdowns(figure: go.Figure, lift: int, *controls: tuple[Any, dict[Any, lis
     return menus
 
 
+def _reach(values: pd.Series) -> dict[str, Any]:
+    """How far the axis of a quantity goes: to its ends, but a share of -800% would flatten all others and leaves it."""
+    if values.name != "recovered" or not values.min() < -1:
+        return {"yaxis.autorange": True}
+    return {"yaxis.autorange": False, "yaxis.range": [-1.05, 1.05 * max(0.2, float(values.max()))]}
+
+
 def _sweep(frame: pd.DataFrame, reported: pd.DataFrame | None, x: str, by: str, title: str, alt: str | None,
            quantity: str, split: str | None, lift: int = 8) -> tuple[go.Figure, list[float]]:
     """Lines over column `x`, one a method, with dropdowns for column `by`, for the split and for the quantity.
@@ -185,8 +193,8 @@ def _sweep(frame: pd.DataFrame, reported: pd.DataFrame | None, x: str, by: str, 
             meta=[method, entry, where, place], **special)
         named.add((method, entry))
 
-    axes = {name: {"yaxis.type": kind, "yaxis.title.text": text, "yaxis.tickformat": digits, "yaxis.autorange": True}
-            for name, (_, kind, text, digits) in quantities.items()}
+    axes = {name: {"yaxis.type": kind, "yaxis.title.text": text, "yaxis.tickformat": digits} | _reach(rows[column])
+            for name, (column, kind, text, digits) in quantities.items()}
     menus = _dropdowns(
         figure, lift, (entries[-1], _owned(figure, 1, entries, "visible", True, False)),
         (split, _owned(figure, 2, identity, "yaxis", "y", "y2")),

@@ -14,13 +14,13 @@ from chassis_utils.errors import ChassisError
 def _first(name: str, options: Any) -> Any:
     """The value a control starts with; options that no control can show are refused here."""
     numbers = isinstance(options, tuple) and all(isinstance(value, int | float) for value in options)
-    if isinstance(options, bool):
+    if isinstance(options, bool | str):
         return options
     if isinstance(options, list) and options or (
             numbers and len(options) in (2, 3) and options[0] < options[1] and (*options, 1)[2] > 0):
         return options[0]
     raise ChassisError(f"control {name!r} needs a list of options, a (low, high) or (low, high, step) tuple of "
-                       f"numbers, or True or False, not {options!r}")
+                       f"numbers, a text, or True or False, not {options!r}")
 
 
 def explore(draw: Callable[..., go.Figure], **controls: Any) -> None:
@@ -30,7 +30,8 @@ def explore(draw: Callable[..., go.Figure], **controls: Any) -> None:
 
     Args:
         draw: a pure function of the choices; a `ChassisError` it raises is shown in the figure's place.
-        **controls: a list of options (dropdown), a `(low, high)` or `(low, high, step)` tuple (slider), or a bool.
+        **controls: a list of options (dropdown), a `(low, high)` or `(low, high, step)` tuple (slider), a bool, or a
+            text (a box to write in: drawn anew on Enter, or when it is left).
 
     Raises:
         ChassisError: options of another kind, or ipywidgets is not installed.
@@ -54,5 +55,7 @@ def explore(draw: Callable[..., go.Figure], **controls: Any) -> None:
     boxes = {name: widgets.interactive.widget_from_abbrev(controls[name], first[name]) for name in controls}
     for name, box in boxes.items():
         box.description = name.replace("_", " ")
+        if isinstance(box, widgets.Text):
+            box.continuous_update = False
     output = widgets.interactive_output(show, boxes)
     display(widgets.VBox([widgets.HBox(list(boxes.values()), layout={"flex_flow": "row wrap"}), output]))

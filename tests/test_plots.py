@@ -168,7 +168,7 @@ def test_every_colour_stands_out_on_white_and_on_black(colour: str) -> None:
     assert 1.05 / (light + 0.05) >= 3 and (light + 0.05) / 0.056 >= 3
 
 
-@pytest.mark.parametrize("figure", [
+TOGETHER = [
     "identity reported as_reported v1 v1_normed v1_text v1_template ridge ridge_text rrr rrr_text rrr_template hidden "
     "aligned projected lens lens_text logit_lens exact",
     "as_reported without_middle pseudo_inverse identity", "rrr descent_rrr identity",
@@ -177,7 +177,10 @@ def test_every_colour_stands_out_on_white_and_on_black(colour: str) -> None:
     "v2 rrr lora_4 lora_16 lora_64 lora_head head_only tuned_lens tuned_lens_adam tuned_lens_muon weight_svd "
     "weight_svd_blocks weight_svd_data weight_svd_data_blocks proxy identity",
     "v2 rrr lora_4 lora_16 lora_64 head_only tuned_lens tuned_lens_adam weight_svd_4 weight_svd_16 weight_svd_64 "
-    "weight_svd_data_4 weight_svd_data_16 weight_svd_data_64 identity"])
+    "weight_svd_data_4 weight_svd_data_16 weight_svd_data_64 identity"]
+
+
+@pytest.mark.parametrize("figure", TOGETHER)
 def test_methods_of_a_figure_differ_by_colour_and_what_they_were_fitted_on_by_dash(figure: str) -> None:
     together = {name: plots.METHODS[name] for name in figure.split()}
     for method, (label, colour, marker, dash) in together.items():
@@ -187,6 +190,44 @@ def test_methods_of_a_figure_differ_by_colour_and_what_they_were_fitted_on_by_da
             assert method == other or (words != label and (marker, dash) != (shape, line))
             assert (colour == shade) == kin
     assert plots.style("rrr_text")[0] == "reduced rank, fitted on text"
+
+
+# What red, green and blue (linear) become to a reader who lacks one kind of cone, at full severity: Machado, Oliveira
+# and Fernandes (2009).
+SEEN = {
+    "all cones": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+XYZ = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]]
+WHITE = 0.95047, 1.0, 1.08883
+
+
+def lab(colour: str, vision: str) -> list[float]:
+    """CIE L*a*b* of a colour as a reader of that vision sees it: distances of 2 are just seen side by side."""
+    linear = [((part / 255 + 0.055) / 1.055) ** 2.4 for part in bytes.fromhex(colour[1:])]
+    for matrix in (SEEN[vision], XYZ):
+        linear = [min(1.2, max(0.0, sum(map(math.prod, zip(row, linear, strict=True))))) for row in matrix]
+    x, y, z = (math.cbrt(part / white) for part, white in zip(linear, WHITE, strict=True))
+    return [116 * y - 16, 500 * (x - y), 200 * (y - z)]
+
+
+def test_the_lack_of_a_cone_is_simulated_as_it_is_known() -> None:
+    assert lab("#FFFFFF", "all cones") == pytest.approx([100, 0, 0], abs=0.1)
+    assert lab("#FF0000", "all cones") == pytest.approx([53.2, 80.1, 67.2], abs=1)
+    # Red and green of one lightness are the classic pair, blue and green of one lightness that of tritanopia.
+    assert math.dist(lab("#C4554D", "deuteranopia"), lab("#8F7A5E", "deuteranopia")) < 13
+    assert math.dist(lab("#C4554D", "all cones"), lab("#8F7A5E", "all cones")) > 35
+
+
+@pytest.mark.parametrize("vision", SEEN)
+@pytest.mark.parametrize("figure", [*TOGETHER, "palette"])
+def test_colours_of_a_figure_can_be_told_apart_with_any_kind_of_colour_vision(figure: str, vision: str) -> None:
+    shades = {plots.METHODS[name][1] for name in figure.split() if figure != "palette"}
+    shades = shades or {*plots.PALETTE[:6], plots.GREY}
+    least = min(math.dist(lab(a, vision), lab(b, vision)) for a, b in itertools.combinations(shades, 2))
+    assert least > (20 if vision == "all cones" else 10)
 
 
 @pytest.mark.parametrize("ranks", [(1, 2, 3, 6, 12, 24, 48, 96, 192), (24, 48, 96, 144, 173, 192), range(1, 193), (5,)])

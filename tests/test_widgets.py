@@ -67,8 +67,15 @@ def test_a_moved_control_redraws_and_an_impossible_choice_leaves_its_message_and
     assert shown == {"output_type": "stream", "name": "stdout", "text": "no figure for rank 16\n"}
 
 
+def test_a_text_is_drawn_anew_when_it_was_written_and_not_at_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = MOVE.split("method, rank, log")[0] + "(text,) = box.children[0].children\nprint(text.continuous_update)\n"
+    shown = "explore(lambda words: draw(words, 4, True), words='first')"
+    (_, told), (figure,) = run(monkeypatch, False, shown, written + "text.value = 'a prompt'")
+    assert told.text == "False\n" and figure["data"][PLOTLY]["data"][0]["name"] == "a prompt"
+
+
 @pytest.mark.parametrize("headless", ["0", "1"])
-@pytest.mark.parametrize("options", [[], (), "v1", 3, (1,), (1, 2, 3, 4), ("a", "b"), (8, 4), (1, 8, 0), None])
+@pytest.mark.parametrize("options", [[], (), 3, (1,), (1, 2, 3, 4), ("a", "b"), (8, 4), (1, 8, 0), None])
 def test_options_of_no_known_kind_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, headless: str,
                                                           options: Any) -> None:
     monkeypatch.setenv("CHASSIS_HEADLESS", headless)

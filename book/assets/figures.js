@@ -34,7 +34,57 @@
     new MutationObserver(() => Plotly.relayout(canvas, ink(canvas.layout))).observe(document.documentElement, {
       attributeFilter: ["data-theme"],
     });
+    offer(box, canvas);
     box.dataset.drawn = "true";
+  };
+
+  // The data of a figure: every point of every trace, shown or not, and what hovering tells of it, under the same names.
+  const told = (trace, layout) => {
+    const common = layout.template?.data?.[trace.type ?? "scatter"]?.[0]?.hovertemplate;
+    const words = [trace.hovertemplate ?? common ?? ""].flat()[0].replace(/<[^>]*>/g, ", ");
+    return [...words.matchAll(/([^,:=%{}]*)[ :=]*%\{customdata\[(\d+)\]/g)].map(([, name, at]) => [name.trim(), +at]);
+  };
+  const NUMBERS = { f8: Float64Array, f4: Float32Array, i4: Int32Array, i2: Int16Array, i1: Int8Array, u1: Uint8Array };
+  const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer;
+  const list = (values) => Array.from(values?.bdata ? new NUMBERS[values.dtype](bytes(values.bdata)) : (values ?? []));
+  const points = (trace, layout) => {
+    const [across, up] = ["x", "y"].map((axis) => layout[`${axis}axis`]?.title?.text || axis);
+    const own = { trace: trace.name ?? "", choices: [trace.meta ?? []].flat().filter((mark) => mark !== null).join("; ") };
+    const names = told(trace, layout).map(([name, at]) => [name || `hover ${at}`, at]);
+    const more = (cell) => Object.fromEntries(names.map(([name, at]) => [name, [cell ?? []].flat()[at]]));
+    if (trace.type === "sankey") {
+      const { source, target, value } = trace.link;
+      return value.map((mass, i) => ({ ...own, from: trace.node.label[source[i]], to: trace.node.label[target[i]], mass }));
+    }
+    const { z, customdata = [], text } = trace;
+    const [x, y] = [list(trace.x), list(trace.y)];
+    const each = (i, j) => ({ ...own, [across]: x[j] ?? j, [up]: y[i] ?? i });
+    if (z) {
+      const cell = (value, i, j) => ({ ...each(i, j), value, text: text?.[i]?.[j], ...more(customdata[i]?.[j]) });
+      return list(z).flatMap((line, i) => list(line).map((value, j) => cell(value, i, j)));
+    }
+    return (y.length ? y : x).map((_, i) => ({ ...each(i, i), ...more(customdata[i]) }));
+  };
+  const quoted = (value) => {
+    const text = `${value ?? ""}`.replace(/<[^>]*>/g, " ").trim().replace(/&lt;/g, "<").replace(/&gt;/g, ">").replace(/&amp;/g, "&");
+    return /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  const table = ({ data, layout }) => {
+    const rows = data.flatMap((trace) => points(trace, layout));
+    const names = [...new Set(rows.flatMap(Object.keys))];
+    return [names, ...rows.map((row) => names.map((name) => row[name]))].map((row) => row.map(quoted).join(",")).join("\n");
+  };
+  const offer = (box, canvas) => {
+    const button = document.createElement("button");
+    Object.assign(button, { type: "button", className: "chassis-data", textContent: "Data of this figure (CSV)" });
+    button.addEventListener("click", () => {
+      const file = document.createElement("a");
+      file.href = URL.createObjectURL(new Blob([`${table(canvas)}\n`], { type: "text/csv" }));
+      file.download = `${location.pathname.split("/").pop().replace(/\.html$/, "")}.csv`;
+      file.click();
+      setTimeout(() => URL.revokeObjectURL(file.href), 1000);
+    });
+    box.append(button);
   };
 
   // One figure that fails must not take the others with it: each is a promise, and a lost one is a page error.
