@@ -180,7 +180,7 @@ def _sections(app: Any, what: str, name: str, object: Any, options: Any, lines: 
 
 
 def setup(app: Any) -> dict[str, bool]:
-    """The extension: plotly copied once, figures made HTML, scripts loaded per page, runs quoted, terms and names linked."""
+    """The extension: plotly copied once, figures made HTML, scripts per page, runs quoted, terms and names linked."""
     app.connect("config-inited", _add_plotly)
     app.connect("source-read", _quote_run)
     app.connect("source-read", _show_figures)
