@@ -18,9 +18,10 @@ MARK, SORTABLE = 'class="chassis-plot"', 'class="dataframe sortable"'
 
 
 def figure_html(figure: dict[str, Any]) -> str:
-    """A plotly figure (its JSON) as a piece of a page: a named picture, drawn once the script is there.
+    """A plotly figure (its JSON) as a piece of a page: named, drawn once the script is there.
 
-    Its name is `layout.meta.alt` where there is one, else the title.
+    Its name is `layout.meta.alt` where there is one, else the title. To a screen reader it is a figure, no image, as
+    it holds menus and buttons.
     """
     layout = figure.get("layout", {})
     meta, title = layout.get("meta"), layout.get("title")
@@ -32,7 +33,7 @@ def figure_html(figure: dict[str, Any]) -> str:
     payload = json.dumps(parts).replace("<", "\\u003c")
     return (
         f'<div {MARK} style="min-height:{int(height)}px">'
-        f'<div class="chassis-canvas" role="img" aria-label="{label}"></div>'
+        f'<div class="chassis-canvas" role="figure" aria-label="{label}"></div>'
         f'<script type="application/json">{payload}</script>'
         f"<noscript>{label} (This figure is drawn by JavaScript.)</noscript></div>"
     )
@@ -68,6 +69,8 @@ def _load_scripts(app: Any, page: str, template: str, context: dict[str, Any], d
     for mark, name in ((MARK, "plotly.min.js"), (MARK, "figures.js"), (SORTABLE, "tables.js")):
         if mark in context.get("body", ""):
             app.add_js_file(name, loading_method="defer")
+    if page == "search":  # a page from disk may not read the others for an excerpt
+        app.add_js_file(None, body="DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY &&= location.protocol !== 'file:'")
 
 
 def setup(app: Any) -> dict[str, bool]:
