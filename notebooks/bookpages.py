@@ -13,6 +13,8 @@ import re
 from importlib.resources import files
 from typing import Any
 
+from stills import still
+
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 MARK, SORTABLE = 'class="chassis-plot"', 'class="dataframe sortable"'
 
@@ -35,7 +37,8 @@ def figure_html(figure: dict[str, Any]) -> str:
         f'<div {MARK} style="min-height:{int(height)}px">'
         f'<div class="chassis-canvas" role="figure" aria-label="{label}"></div>'
         f'<script type="application/json">{payload}</script>'
-        f"<noscript>{label} (This figure is drawn by JavaScript.)</noscript></div>"
+        f"<noscript>{still(figure, label)}<p>{label} (It can be played with where there is JavaScript.)</p>"
+        "</noscript></div>"
     )
 
 
@@ -73,10 +76,18 @@ def _load_scripts(app: Any, page: str, template: str, context: dict[str, Any], d
         app.add_js_file(None, body="DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY &&= location.protocol !== 'file:'")
 
 
+def _mend_sources(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Call a bibliography no list, as docutils does: it has no items, and its entries say themselves what they are."""
+    context["body"] = context.get("body", "").replace(
+        '<div role="list" class="citation-list">', '<div class="citation-list">'
+    )
+
+
 def setup(app: Any) -> dict[str, bool]:
     """The extension: plotly copied once, figures made HTML, scripts loaded per page, the run that is built quoted."""
     app.connect("config-inited", _add_plotly)
     app.connect("source-read", _quote_run)
     app.connect("source-read", _show_figures)
     app.connect("html-page-context", _load_scripts)
+    app.connect("html-page-context", _mend_sources)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

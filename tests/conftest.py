@@ -191,7 +191,8 @@ def barriers(page: Any, theme: str) -> list[str]:
     table are alike: a few of each are enough, as axe takes minutes for a thousand.
     """
     page.locator("tbody tr:nth-child(n+4)").evaluate_all("all => all.forEach(row => row.remove())")
-    page.evaluate(AXE_SCRIPT)
+    if not page.evaluate("'axe' in window"):
+        page.evaluate(AXE_SCRIPT)
     # Without preload: that would fetch style sheets anew, which no page on a disk may.
     options = {"resultTypes": ["violations"], "preload": False}
     options |= {"runOnly": ["color-contrast"]} if theme == "dark" else {}

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,73 +16,19 @@ from nbclient.exceptions import CellExecutionError
 from test_book_pages import ROOT, browser, needs_browser
 from test_portapp import soon
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from lab import Lab, opened  # noqa: E402
+
 __all__ = ["browser"]
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 #: They take least of all that have figures; the last of them has a slider.
-OPENED = ["01_exact_adapter", "02_global_alignment", "03_layerwise_lenses", "22_api_expert", "A2_your_own_expert"]
-TOKEN = "a-token-for-tests"
-
-
-@dataclass
-class Lab:
-    """A JupyterLab on a copy of the notebooks with few prompts, and what went wrong on its page."""
-
-    folder: Path
-    address: str
-    page: Any
-    faults: list[str] = field(default_factory=list)
-
-    def open(self, stem: str) -> None:
-        self.page.goto(f"{self.address}/lab/tree/notebooks/{stem}.ipynb?token={TOKEN}&reset")
-        self.idle()
-
-    def idle(self) -> None:
-        self.page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
-
-    def choose(self, menu: str, entry: str) -> None:
-        self.page.locator(".lm-MenuBar-itemLabel", has_text=re.compile(f"^{menu}$")).click()
-        self.page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{entry}$")).click()
-
-    def finished(self) -> None:
-        """Every cell has run, none has failed, no figure is left out."""
-        prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(one => one.textContent)"
-        self.page.wait_for_function(
-            f"{prompts}.every(one => /^\\[\\d+\\]:$/.test(one)) || {self.errors}", timeout=180_000
-        )
-        assert not self.page.evaluate(self.errors), self.page.locator(".jp-CodeCell .jp-OutputArea").all_inner_texts()
-        self.page.wait_for_selector(".js-plotly-plot .main-svg")
-
-    errors = "document.querySelector('[data-mime-type=\"application/vnd.jupyter.error\"]') !== null"
+OPENED = ("01_exact_adapter", "02_global_alignment", "16_vocab_bridge_a", "22_api_expert", "A2_your_own_expert")
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> Iterator[Lab]:
-    folder = tmp_path_factory.mktemp("lab")
-    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-    for stem in OPENED:
-        path = folder / "notebooks" / f"{stem}.ipynb"
-        path.write_text(re.sub(r"\bn_train = \d+", "n_train = 64", path.read_text()))
-    env = {name: value for name, value in os.environ.items() if name != "CHASSIS_HEADLESS"}
-    env |= {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(folder / "ipython")}
-    env |= {f"JUPYTER_{name}_DIR": str(folder / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
-    env |= {f"JUPYTERLAB_{name}_DIR": str(folder / name.lower()) for name in ("SETTINGS", "WORKSPACES")}
-    options = ["--no-browser", "--ip=127.0.0.1", "--port=0", "--allow-root", f"--notebook-dir={folder}"]
-    command = [sys.executable, "-m", "jupyter", "lab", *options, f"--IdentityProvider.token={TOKEN}"]
-    with (folder / "told").open("wb") as told:
-        process = subprocess.Popen(command, env=env, stdout=told, stderr=told)
-    try:
-        found = soon(lambda: re.search(r"http://127\.0\.0\.1:\d+(?=/lab)", (folder / "told").read_text()), 90)
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(90_000)
-        one = Lab(folder, found[0], page)
-        own = (found[0], "data:", "blob:")
-        page.on("pageerror", lambda error: one.faults.append(str(error)))
-        page.on("request", lambda request: request.url.startswith(own) or one.faults.append(request.url))
-        yield one
-        page.close()
-    finally:
-        process.terminate()
-        process.wait()
+    with opened(browser, tmp_path_factory.mktemp("lab"), OPENED, 64) as lab:
+        yield lab
 
 
 @needs_browser
