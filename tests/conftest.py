@@ -168,6 +168,7 @@ def walk(browser: Any, site: Path, pages: dict[str, int], width: int) -> Iterato
         page.on("requestfailed", lambda request, name=name: faults.append(f"{name}: not found: {request.url}"))
         page.on("request", lambda request: request.url.startswith("http") and faults.append(request.url))
         page.goto((site / f"{name}.html").as_uri())
+        page.add_style_tag(content="* { transition: none !important }")  # no colour is judged on its way to another
         page.wait_for_function(f"document.querySelectorAll('.chassis-plot[data-drawn]').length === {plots}")
         page.wait_for_function("!document.querySelector('.math') || document.querySelector('mjx-container')")
         for theme in ("light", "dark"):

@@ -49,7 +49,7 @@ def test_a_slider_moves_its_figure_by_mouse_and_by_keyboard_and_after_a_restart(
     lab.finished()
 
     def title() -> str:
-        return lab.page.locator(".js-plotly-plot .gtitle").inner_text()
+        return lab.page.locator(".js-plotly-plot .gtitle").text_content()
 
     def moves(act: Any) -> None:
         """The figure and the number beside the slider are both other ones, and agree."""
