@@ -7,13 +7,14 @@ import re
 import shutil
 from collections.abc import Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
 import pandas as pd
 import pytest
 from conftest import barriers, same, walk
+from pages import Silent
 from test_book_pages import ROOT, browser, needs_browser
 
 from batch import Profile, build_book, load_profile, run
@@ -161,17 +162,10 @@ def test_every_page_is_whole_at_every_width_and_in_every_theme(
 @pytest.fixture(scope="module")
 def served(site: Path) -> Iterator[str]:
     """The address of the book on a server of this machine alone."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=site)) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=site)) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    """A server of files that prints nothing."""
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @needs_browser
