@@ -18,6 +18,8 @@ from urllib.parse import quote
 
 from docutils import nodes
 
+from stills import still
+
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 MARK, SORTABLE = 'class="chassis-plot"', 'class="dataframe sortable"'
 GLOSSARY = "book/glossary"
@@ -28,9 +30,10 @@ NO_PROSE = (nodes.title, nodes.reference, nodes.literal, nodes.literal_block, no
 
 
 def figure_html(figure: dict[str, Any]) -> str:
-    """A plotly figure (its JSON) as a piece of a page: a named picture, drawn once the script is there.
+    """A plotly figure (its JSON) as a piece of a page: named, drawn once the script is there.
 
-    Its name is `layout.meta.alt` where there is one, else the title.
+    Its name is `layout.meta.alt` where there is one, else the title. To a screen reader it is a figure, no image, as
+    it holds menus and buttons.
     """
     layout = figure.get("layout", {})
     meta, title = layout.get("meta"), layout.get("title")
@@ -42,9 +45,10 @@ def figure_html(figure: dict[str, Any]) -> str:
     payload = json.dumps(parts).replace("<", "\\u003c")
     return (
         f'<div {MARK} style="min-height:{int(height)}px">'
-        f'<div class="chassis-canvas" role="img" aria-label="{label}"></div>'
+        f'<div class="chassis-canvas" role="figure" aria-label="{label}"></div>'
         f'<script type="application/json">{payload}</script>'
-        f"<noscript>{label} (This figure is drawn by JavaScript.)</noscript></div>"
+        f"<noscript>{still(figure, label)}<p>{label} (It can be played with where there is JavaScript.)</p>"
+        "</noscript></div>"
     )
 
 
@@ -179,6 +183,13 @@ def _sections(app: Any, what: str, name: str, object: Any, options: Any, lines: 
         lines[:] = GoogleDocstring(lines, what=what).lines()
 
 
+def _mend_sources(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Call a bibliography no list, as docutils does: it has no items, and its entries say themselves what they are."""
+    context["body"] = context.get("body", "").replace(
+        '<div role="list" class="citation-list">', '<div class="citation-list">'
+    )
+
+
 def setup(app: Any) -> dict[str, bool]:
     """The extension: plotly copied once, figures made HTML, scripts per page, runs quoted, terms and names linked."""
     app.connect("config-inited", _add_plotly)
@@ -194,4 +205,5 @@ def setup(app: Any) -> dict[str, bool]:
     app.connect("autodoc-process-signature", _readable)
     app.connect("autodoc-process-docstring", _sections)
     app.connect("missing-reference", _link_names)
+    app.connect("html-page-context", _mend_sources)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -19,7 +19,7 @@ import torch
 from chassis_utils import Adapter, ChassisError, LanguageModel, Port, Probes, token_bytes
 from chassis_utils.activations import batched
 from chassis_utils.metrics import BLOCK, ratio_bounds
-from interventions import _told
+from interventions import _told, tokens_figure
 from likeliest import following
 from plots import GREY, PALETTE, _dropdowns, _figures, _finish, _numbers
 from records import Records
@@ -340,6 +340,15 @@ def likely(
             ]  # fmt: skip
     port.use(None)
     return pd.DataFrame(rows)
+
+
+def tokens_at(frame: pd.DataFrame, choice: str) -> go.Figure:
+    """What comes next with one choice of `likely`; a menu over its prompts. ChassisError: it was not asked for."""
+    rows = frame[frame["label"].str.startswith(f"{choice}: ")]
+    if rows.empty:
+        known = ", ".join(dict.fromkeys(frame["label"].str.partition(": ")[0]))
+        raise ChassisError(f"nothing was measured for {choice!r}: choose one of {known}")
+    return tokens_figure(rows, f"What comes next, {choice}")
 
 
 def label(choice: str, prompt: str) -> str:

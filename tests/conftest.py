@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers as tf
+from axe_playwright_python.base import AXE_SCRIPT
 
 from chassis_utils import Activations, ChassisError, LanguageModel, Probes, harvest, load
 from plugs import SyntheticExpert
@@ -152,28 +153,58 @@ def fresh(folders: dict[str, Path]) -> LanguageModel:
     return load(str(folders["base"]), device="cpu")
 
 
-def walk(
-    browser: Any, site: Path, pages: dict[str, int], width: int, theme: str = "light"
-) -> Iterator[tuple[str, Any]]:
-    """Open each page from disk, once its number of plots is drawn: it fits the window, fails nowhere, stays offline."""
-    context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=theme)
+def walk(browser: Any, site: Path, pages: dict[str, int], width: int) -> Iterator[tuple[str, str, Any]]:
+    """Open each page from disk and show it in either theme, once plots and formulas are there.
+
+    It must draw this number of plots, fit the window, fail nowhere, complain nowhere and stay offline.
+    """
+    context = browser.new_context(viewport={"width": width, "height": 844})
     context.set_default_timeout(60_000)
     faults: list[str] = []
     for name, plots in pages.items():
         page = context.new_page()
         page.on("pageerror", lambda error, name=name: faults.append(f"{name}: {error}"))
+        page.on("console", lambda said, name=name: said.type == "error" and faults.append(f"{name}: {said.text}"))
         page.on("requestfailed", lambda request, name=name: faults.append(f"{name}: not found: {request.url}"))
         page.on("request", lambda request: request.url.startswith("http") and faults.append(request.url))
         page.goto((site / f"{name}.html").as_uri())
+        page.add_style_tag(content="* { transition: none !important }")  # no colour is judged on its way to another
         page.wait_for_function(f"document.querySelectorAll('.chassis-plot[data-drawn]').length === {plots}")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} scrolls sideways at {width}"
-        # The plots must fit as well as the page.
-        boxes = [plot.bounding_box() for plot in page.locator(".main-svg").all()]
-        assert all(box["width"] <= width for box in boxes), f"a plot of {name} is wider than {width}"
-        yield name, page
+        page.wait_for_function("!document.querySelector('.math') || document.querySelector('mjx-container')")
+        for theme in ("light", "dark"):
+            page.emulate_media(color_scheme=theme)
+            page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
+            wide = page.evaluate("document.documentElement.scrollWidth")
+            assert wide <= width, f"{name} scrolls sideways at {width}: {wide}"
+            # The plots must fit as well as the page.
+            boxes = page.locator(".main-svg").evaluate_all("all => all.map(one => one.getBoundingClientRect().width)")
+            assert all(box <= width for box in boxes), f"a plot of {name} is wider than {width}"
+            yield name, theme, page
         page.close()
     context.close()
     assert not faults
+
+
+def barriers(page: Any, theme: str) -> list[str]:
+    """What axe finds serious on a page, and headings out of order, one line each.
+
+    The page changes only its colours with the theme, so that in the dark one only contrast is looked at. Rows of a
+    table are alike: a few of each are enough, as axe takes minutes for a thousand.
+    """
+    page.locator("tbody tr:nth-child(n+4)").evaluate_all("all => all.forEach(row => row.remove())")
+    if not page.evaluate("'axe' in window"):
+        page.evaluate(AXE_SCRIPT)
+    # Without preload: that would fetch style sheets anew, which no page on a disk may.
+    options = {"resultTypes": ["violations"], "preload": False}
+    options |= {"runOnly": ["color-contrast"]} if theme == "dark" else {}
+    found = page.evaluate("options => axe.run(document, options)", options)
+    assert found["passes"], "axe has looked at nothing"
+    return [
+        f"{one['id']} ({theme}): {node['html'][:200]}"
+        for one in found["violations"]
+        for node in one["nodes"]
+        if one["impact"] in ("serious", "critical") or one["id"] == "heading-order"
+    ]
 
 
 def same(a: pd.DataFrame, b: pd.DataFrame) -> list[str]:

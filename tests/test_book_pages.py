@@ -14,11 +14,12 @@ import nbformat
 import papermill
 import plotly.graph_objects as go
 import pytest
-from conftest import walk
+from conftest import barriers, walk
 from test_plots import grid
 
 from bookpages import figure_html
 from plots import METHODS, kl_vs_rank
+from stills import still
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -68,7 +69,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "book").mkdir()
     shutil.copy(ROOT / "book" / "references.bib", folder / "book")
     (folder / "notebooks").mkdir()
-    shutil.copy(NOTEBOOKS / "bookpages.py", folder / "notebooks")
+    for module in ("bookpages.py", "stills.py"):
+        shutil.copy(NOTEBOOKS / module, folder / "notebooks")
     shutil.copytree(ROOT / "book" / "assets", folder / "book" / "assets")
     (folder / "_toc.yml").write_text(
         "format: jb-book\nroot: index\nchapters: [{file: two}, {file: none}, {file: menu}, {file: table}]\n"
@@ -101,7 +103,7 @@ def test_no_string_of_a_figure_can_leave_its_script() -> None:
     page = figure_html(figure.update_layout(title_text='A "bold" <b>title</b>').to_plotly_json())
     assert page.count("</script>") == 1
     assert 'aria-label="A &quot;bold&quot; title"' in page
-    assert 'role="img"' in page and "<noscript>" in page
+    assert 'role="figure"' in page and "<noscript>" in page
 
 
 def test_plotly_is_there_once_and_loaded_only_where_it_is_needed(site: Path) -> None:
@@ -114,12 +116,49 @@ def test_plotly_is_there_once_and_loaded_only_where_it_is_needed(site: Path) -> 
 
 
 @needs_browser
-@pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (390, "dark")])
-def test_pages_are_whole_offline(site: Path, browser: object, width: int, theme: str) -> None:
-    for name, page in walk(browser, site, PLOTS, width, theme):
+@pytest.mark.parametrize("width", [1280, 390])
+def test_pages_are_whole_offline(site: Path, browser: object, width: int) -> None:
+    for name, theme, page in walk(browser, site, PLOTS, width):
+        assert not barriers(page, theme), name
         assert page.locator(".chassis-plot .scatterlayer .trace").count() == PLOTS[name]
         if name != "index":
             page.wait_for_selector("mjx-container")
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_without_scripts_text_tables_and_stills_remain(site: Path, browser: object, width: int) -> None:
+    context = browser.new_context(java_script_enabled=False, viewport={"width": width, "height": 844})
+    page = context.new_page()
+    for name, plots in PLOTS.items():
+        page.goto((site / f"{name}.html").as_uri())
+        stills = page.locator("noscript svg[role=img]")
+        assert stills.count() == plots
+        for one in stills.all():
+            box = one.bounding_box()
+            assert one.get_attribute("aria-label") and 100 < box["height"] and 200 < box["width"] < width
+        assert page.locator("article h1").first.is_visible()
+    assert page.locator("table.sortable td", has_text="20,000").is_visible()
+    page.goto((site / "two.html").as_uri())
+    # Three points of a falling line, on an axis that is a log one: doubling is the same step.
+    across, down = zip(*(map(float, one.split(",")) for one in line_of(page).split()), strict=True)
+    assert across[1] - across[0] == pytest.approx(across[2] - across[1], abs=0.2) and down[0] < down[1] < down[2]
+    context.close()
+
+
+def line_of(page: object) -> str:
+    return page.locator("noscript svg polyline").first.get_attribute("points")
+
+
+def test_a_still_leaves_out_what_a_menu_hides_and_none_is_made_of_what_it_cannot_show() -> None:
+    def points(trace: dict[str, object], **layout: object) -> int:
+        seen = {"type": "scatter", "mode": "markers", "x": ["a", "b", "c"], "y": [1.0, None, 2.0]}
+        return still({"data": [seen, seen | trace], "layout": layout}, "two").count("<circle")
+
+    assert points({}) == 4
+    assert points({"visible": False}) == points({"visible": "legendonly"}) == points({"yaxis": "y2"}) == 2
+    assert still({"data": [{"type": "sankey"}]}, "flow") == still({"data": []}, "none") == ""
+    assert "<b>" not in still({"data": [{"type": "scatter", "x": [1], "y": [1], "name": "<b>&"}]}, "one")
 
 
 @needs_browser

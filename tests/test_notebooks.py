@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from functools import partial
+from http.server import ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pandas as pd
 import pytest
-from conftest import same, walk
+from conftest import barriers, same, walk
+from pages import Silent
 from test_book_pages import ROOT, browser, needs_browser
 
 from batch import Profile, build_book, load_profile, run
@@ -128,9 +133,62 @@ def test_the_book_builds_without_a_warning(site: Path, profile: Profile) -> None
         assert (site / "book" / "run" / "pocket" / f"{stem}.html").is_file()
 
 
+def pages_of(profile: Profile) -> dict[str, int]:
+    """Every page of the book -> how many plots it must draw."""
+    told = (profile.root / "_toc.yml").read_text()
+    pages = dict.fromkeys(re.findall(r"(?:root|file): *(\S+)", told), 0)
+    pages |= {f"book/run/pocket/{stem}": plots_of(profile.run_dir / f"{stem}.ipynb") for stem in profile.notebooks}
+    # A page in Markdown shows the figures that it quotes from notebooks.
+    quoted = re.compile(r"^```\{glue:\} \w*figure", re.MULTILINE)
+    texts = {page: profile.root / f"{page}.md" for page in pages}
+    return pages | {page: len(quoted.findall(text.read_text())) for page, text in texts.items() if text.is_file()}
+
+
 @needs_browser
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_pages_are_whole_in_a_browser(site: Path, profile: Profile, browser: object, width: int) -> None:
-    pages = {f"book/run/pocket/{stem}": plots_of(profile.run_dir / f"{stem}.ipynb") for stem in profile.notebooks}
-    pages |= {"book/index": 1, "book/right_and_wrong": 0}
-    assert [name for name, _ in walk(browser, site, pages, width)] == [*pages]
+def test_every_page_is_whole_at_every_width_and_in_every_theme(
+    site: Path, profile: Profile, browser: object, width: int
+) -> None:
+    pages, found, nameless = pages_of(profile), [], "all => all.filter(one => !(one.ariaLabel?.length > 20)).length"
+    for name, theme, page in walk(browser, site, pages, width):
+        assert (site / f"{name}.html").stat().st_size < 1_500_000, f"{name} is heavy"
+        assert page.locator(".chassis-canvas").evaluate_all(nameless) == 0, f"a plot of {name} has no words"
+        if width == 1280:
+            found += [f"{name}: {one}" for one in barriers(page, theme)]
+    assert not found, "\n".join(found)
+    assert {"book/index", "book/v2", "book/changelog"} < {*pages} and sum(pages.values()) > 30
+
+
+@pytest.fixture(scope="module")
+def served(site: Path) -> Iterator[str]:
+    """The address of the book on a server of this machine alone."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=site)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@needs_browser
+@pytest.mark.parametrize("disk", [True, False])
+def test_search_finds_the_pages_that_hold_a_word(site: Path, served: str, browser: object, disk: bool) -> None:
+    root, faults = site.as_uri() if disk else served, []
+    page = browser.new_page(viewport={"width": 1280, "height": 844})
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda said: said.type == "error" and faults.append(said.text))
+    page.on("request", lambda request: request.url.startswith(root) or faults.append(request.url))
+    for word in ("rebinding", "dequantised", "Shakespeare"):
+        holding = {
+            str(path.relative_to(site))
+            for path in (site / "book").rglob("*.html")
+            if re.search(rf"\b{word}\b", re.sub(r"<script.*?</script>", "", path.read_text(), flags=re.DOTALL))
+        }
+        page.goto(f"{root}/book/index.html")
+        page.keyboard.press("Control+k")
+        page.keyboard.type(word)
+        page.keyboard.press("Enter")
+        page.locator("#search-results .search-summary", has_text="finished").wait_for()
+        links = page.locator("#search-results li a").evaluate_all("all => all.map(one => one.getAttribute('href'))")
+        assert {link.partition("#")[0].partition("?")[0] for link in links} >= holding, word
+        assert bool(holding) == bool(links), word
+    page.close()
+    assert not faults

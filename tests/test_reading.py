@@ -17,8 +17,11 @@ from test_project import ROOT
 BOOK = ROOT / "book"
 PATHS = os.environ | {"PYTHONPATH": str(ROOT / "notebooks")}
 PARTS = yaml.safe_load((ROOT / "_toc.yml").read_text())["parts"]
-FILES = [chapter["file"] for part in PARTS for chapter in part["chapters"]]
+FILES = [
+    one["file"] for part in PARTS for chapter in part["chapters"] for one in (chapter, *chapter.get("sections", []))
+]
 CHAPTERS = [file.rsplit("/", 1)[1] for file in FILES if "/run/" in file]
+INCLUDED = re.compile(r"```\{include\} (\w+)\.md")
 OPENED = [part for part in PARTS if "book/parts/" in part["chapters"][0]["file"]]
 
 
@@ -31,6 +34,7 @@ def prose(stem: str) -> list[str]:
 def test_every_notebook_and_page_has_its_place() -> None:
     assert sorted(CHAPTERS) == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
     written = {f"{path.relative_to(ROOT).with_suffix('')}" for path in BOOK.rglob("*.md") if "run" not in path.parts}
+    written -= {f"book/{name}" for text in BOOK.glob("*.md") for name in INCLUDED.findall(text.read_text())}
     assert written == {file for file in FILES if "/run/" not in file} | {"book/index"}
 
 
@@ -61,7 +65,7 @@ def test_a_part_opens_with_a_page_that_leads_to_its_chapters(part: dict) -> None
 
 
 def test_all_but_the_story_and_the_reference_are_parts_with_an_opening() -> None:
-    assert [part["caption"] for part in PARTS if part not in OPENED] == ["The story", "Reference"]
+    assert [part["caption"] for part in PARTS if part not in OPENED] == ["The story", "Guides", "Reference", "Appendix"]
 
 
 def texts() -> dict[str, str]:

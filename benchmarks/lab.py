@@ -1,0 +1,163 @@
+"""How soon a widget moves its figure in JupyterLab, over the time that the bare figure takes there.
+
+python benchmarks/lab.py [--notebooks 01_exact_adapter A2_your_own_expert ...] [--rounds 9]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+QUIET += ["--disable-component-update", "--disable-sync"]
+NOTEBOOKS = ("01_exact_adapter", "03_layerwise_lenses", "16_vocab_bridge_a", "22_api_expert", "A2_your_own_expert")
+TOKEN = "of-this-machine-alone"
+FAILED = "document.querySelector('[data-mime-type=\"application/vnd.jupyter.error\"]') !== null"
+#: From a change or key on, until plots have been still for a while; what counts is when they last changed.
+WATCH = """() => {
+    window.plots = {from: null, last: null};
+    const start = () => { plots.from = performance.now(); plots.last = null; };
+    for (const kind of ["change", "keydown"]) document.addEventListener(kind, start, true);
+    const inside = (node) => node.closest?.(".js-plotly-plot") || node.querySelector?.(".js-plotly-plot");
+    new MutationObserver((all) => {
+        if (all.some((one) => inside(one.target) || [...one.addedNodes].some(inside))) plots.last = performance.now();
+    }).observe(document.querySelector(".jp-Notebook"), { subtree: true, childList: true, attributes: true });
+}"""
+STILL = "plots.last > plots.from && performance.now() - plots.last > 400"
+
+
+@dataclass
+class Lab:
+    """A page of a running JupyterLab, and what went wrong on it."""
+
+    address: str
+    page: Any
+    faults: list[str] = field(default_factory=list)
+
+    def open(self, stem: str) -> None:
+        """Open a notebook, whatever was open before, and wait for its kernel."""
+        self.page.goto(f"{self.address}/lab/tree/notebooks/{stem}.ipynb?token={TOKEN}&reset")
+        # Before the kernel has said so below, a run asks which kernel to take.
+        self.page.locator("#jp-main-statusbar", has_text="| Idle").wait_for()
+
+    def choose(self, menu: str, entry: str) -> None:
+        """Choose an entry of the menu bar."""
+        self.page.locator(".lm-MenuBar-itemLabel", has_text=re.compile(f"^{menu}$")).click()
+        self.page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{entry}$")).click()
+
+    def finished(self) -> None:
+        """Wait until every cell has run and a figure is drawn; none may have failed."""
+        prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(one => one.textContent)"
+        self.page.wait_for_function(f"{prompts}.every(one => /^\\[\\d+\\]:$/.test(one)) || {FAILED}", timeout=300_000)
+        assert not self.page.evaluate(FAILED), self.page.locator(".jp-CodeCell .jp-OutputArea").all_inner_texts()
+        self.page.wait_for_selector(".js-plotly-plot .main-svg")
+
+
+@contextmanager
+def opened(browser: Any, folder: Path, stems: tuple[str, ...], n_train: int) -> Iterator[Lab]:
+    """JupyterLab on a copy of the notebooks in a folder, with settings of its own and so many training prompts."""
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    for path in (folder / "notebooks" / f"{stem}.ipynb" for stem in stems):
+        path.write_text(re.sub(r"\bn_train = \d+", f"n_train = {n_train}", path.read_text()))
+    env = {name: value for name, value in os.environ.items() if name != "CHASSIS_HEADLESS"}
+    env |= {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(folder / "ipython")}
+    env |= {f"JUPYTER_{name}_DIR": str(folder / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
+    env |= {f"JUPYTERLAB_{name}_DIR": str(folder / name.lower()) for name in ("SETTINGS", "WORKSPACES")}
+    options = ["--no-browser", "--ip=127.0.0.1", "--port=0", "--allow-root", f"--notebook-dir={folder}"]
+    command = [sys.executable, "-m", "jupyter", "lab", *options, f"--IdentityProvider.token={TOKEN}"]
+    told, limit = folder / "told", time.monotonic() + 90
+    with told.open("wb") as file:
+        process = subprocess.Popen(command, env=env, stdout=file, stderr=file)
+    try:
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+(?=/lab)", told.read_text())):
+            assert process.poll() is None and time.monotonic() < limit, told.read_text()
+            time.sleep(0.1)
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(90_000)
+        lab, own = Lab(found[0], page), (found[0], "data:", "blob:")
+        page.on("pageerror", lambda error: lab.faults.append(str(error)))
+        page.on("request", lambda request: request.url.startswith(own) or lab.faults.append(request.url))
+        yield lab
+        page.close()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def timed(lab: Lab, act: Any) -> float:
+    """Milliseconds from an act to the last change of a plot that it caused."""
+    lab.page.evaluate("plots.from = null, plots.last = null")
+    act()
+    lab.page.wait_for_function(STILL)
+    return lab.page.evaluate("plots.last - plots.from")
+
+
+def moved(lab: Lab, rounds: int) -> list[tuple[float, float]]:
+    """For the first widget of a notebook that has run: milliseconds of a move, and of its figure called in a cell.
+
+    They are timed in turn. The cell asks for the figure that a widget has shown, from the same function.
+    """
+    page = lab.page
+    source = "".join(page.locator(".jp-CodeCell .cm-content").all_inner_texts())
+    draw = re.search(r"widgets\.explore\((\w+),", source)[1]
+    page.evaluate(WATCH)
+    select, found = page.locator(".widget-dropdown select").first, []
+    slider = page.locator(".noUi-handle").first
+    options = select.locator("option").all_inner_texts() if select.count() else []
+    for number in range(rounds):
+        if options:
+            move = timed(lab, lambda number=number: select.select_option(label=options[(number + 1) % len(options)]))
+        else:
+            slider.focus()
+            move = timed(lab, lambda: page.keyboard.press("ArrowRight"))
+        if not number:
+            page.locator(".jp-CodeCell").last.click()
+            page.keyboard.press("Escape")
+            page.keyboard.press("b")
+            page.keyboard.press("Enter")
+            page.keyboard.type(f"{draw}()")
+        page.locator(".jp-CodeCell .cm-content").last.focus()
+        found.append((move, timed(lab, lambda: page.keyboard.press("Control+Enter"))))
+    return found
+
+
+def main() -> int:
+    """Print, for each notebook, a move over the bare figure; 1 where the target is missed."""
+    from playwright.sync_api import sync_playwright
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--notebooks", nargs="+", default=NOTEBOOKS)
+    parser.add_argument("--rounds", type=int, default=9)
+    asked, missed = parser.parse_args(), False
+    with sync_playwright() as playwright, TemporaryDirectory() as folder:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        with opened(browser, Path(folder), tuple(asked.notebooks), 64) as lab:
+            for stem in asked.notebooks:
+                lab.open(stem)
+                lab.choose("Run", "Run All Cells")
+                lab.finished()
+                found = moved(lab, asked.rounds)
+                ratio = statistics.median(move / bare for move, bare in found)
+                move, bare = (statistics.median(column) for column in zip(*found, strict=True))
+                missed |= ratio > 2 or move > 200
+                print(f"{stem}: a move {move:.0f} ms, bare {bare:.0f} ms, ratio {ratio:.2f}", flush=True)
+        browser.close()
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
