@@ -70,7 +70,8 @@ def test_all_but_the_story_and_the_reference_are_parts_with_an_opening() -> None
 
 def texts() -> dict[str, str]:
     """Every page of the book as it is written."""
-    pages = {path.stem: path.read_text() for path in BOOK.rglob("*.md") if "run" not in path.parts}
+    written = {str(path.relative_to(BOOK).with_suffix("")): path for path in BOOK.rglob("*.md")}
+    pages = {name: path.read_text() for name, path in written.items() if not name.startswith("run/")}
     return pages | {stem: "\n\n".join(prose(stem)) for stem in CHAPTERS}
 
 
