@@ -27,15 +27,16 @@ QUIET += ["--disable-component-update", "--disable-sync"]
 NOTEBOOKS = ("01_exact_adapter", "03_layerwise_lenses", "16_vocab_bridge_a", "22_api_expert", "A2_your_own_expert")
 TOKEN = "of-this-machine-alone"
 FAILED = "document.querySelector('[data-mime-type=\"application/vnd.jupyter.error\"]') !== null"
-#: From a change or key on, until plots have been still for a while; what counts is when they last changed.
+#: From a change or key on, until the plot of a cell has been still for a while; what counts is when it last changed.
 WATCH = """() => {
-    window.plots = {from: null, last: null};
+    window.plots = {from: null, last: null, cell: null};
     const start = () => { plots.from = performance.now(); plots.last = null; };
     for (const kind of ["change", "keydown"]) document.addEventListener(kind, start, true);
-    const inside = (node) => node.closest?.(".js-plotly-plot") || node.querySelector?.(".js-plotly-plot");
+    const here = (node) => plots.cell?.contains(node) && node.closest(".js-plotly-plot");
+    const drawn = (one) => one.addedNodes.length && here(one.target);
     new MutationObserver((all) => {
-        if (all.some((one) => inside(one.target) || [...one.addedNodes].some(inside))) plots.last = performance.now();
-    }).observe(document.querySelector(".jp-Notebook"), { subtree: true, childList: true, attributes: true });
+        if (all.some(drawn)) plots.last = performance.now();
+    }).observe(document.querySelector(".jp-Notebook"), { subtree: true, childList: true });
 }"""
 STILL = "plots.last > plots.from && performance.now() - plots.last > 400"
 
@@ -98,9 +99,9 @@ def opened(browser: Any, folder: Path, stems: tuple[str, ...], n_train: int) -> 
         process.wait()
 
 
-def timed(lab: Lab, act: Any) -> float:
-    """Milliseconds from an act to the last change of a plot that it caused."""
-    lab.page.evaluate("plots.from = null, plots.last = null")
+def timed(lab: Lab, cell: Any, act: Any) -> float:
+    """Milliseconds from an act to the last change of the plot in a cell."""
+    cell.evaluate("cell => { plots.from = plots.last = null; plots.cell = cell; }")
     act()
     lab.page.wait_for_function(STILL)
     return lab.page.evaluate("plots.last - plots.from")
@@ -115,23 +116,27 @@ def moved(lab: Lab, rounds: int) -> list[tuple[float, float]]:
     source = "".join(page.locator(".jp-CodeCell .cm-content").all_inner_texts())
     draw = re.search(r"widgets\.explore\((\w+),", source)[1]
     page.evaluate(WATCH)
-    select, found = page.locator(".widget-dropdown select").first, []
-    slider = page.locator(".noUi-handle").first
+    cells, found = page.locator(".jp-CodeCell"), []
+    widget = cells.filter(has=page.locator(".widget-dropdown select, .noUi-handle")).first
+    select = widget.locator(".widget-dropdown select").first
+    slider = widget.locator(".noUi-handle").first
     options = select.locator("option").all_inner_texts() if select.count() else []
     for number in range(rounds):
         if options:
-            move = timed(lab, lambda number=number: select.select_option(label=options[(number + 1) % len(options)]))
+            move = timed(
+                lab, widget, lambda number=number: select.select_option(label=options[(number + 1) % len(options)])
+            )
         else:
             slider.focus()
-            move = timed(lab, lambda: page.keyboard.press("ArrowRight"))
+            move = timed(lab, widget, lambda: page.keyboard.press("ArrowRight"))
         if not number:
-            page.locator(".jp-CodeCell").last.click()
+            cells.last.click()
             page.keyboard.press("Escape")
             page.keyboard.press("b")
             page.keyboard.press("Enter")
             page.keyboard.type(f"{draw}()")
-        page.locator(".jp-CodeCell .cm-content").last.focus()
-        found.append((move, timed(lab, lambda: page.keyboard.press("Control+Enter"))))
+        cells.last.locator(".cm-content").focus()
+        found.append((move, timed(lab, cells.last, lambda: page.keyboard.press("Control+Enter"))))
     return found
 
 
