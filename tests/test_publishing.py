@@ -106,7 +106,8 @@ def test_an_address_that_is_none_is_refused(wrong: str) -> None:
 def test_a_built_page_has_buttons_only_where_there_is_an_address(address: str, tmp_path: Path) -> None:
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "run" / "toy").mkdir(parents=True)
-    (tmp_path / "notebooks" / "bookpages.py").write_bytes((ROOT / "notebooks" / "bookpages.py").read_bytes())
+    for name in ("bookpages.py", "stills.py"):
+        (tmp_path / "notebooks" / name).write_bytes((ROOT / "notebooks" / name).read_bytes())
     notebook = '{"cells": [{"cell_type": "markdown", "id": "a", "metadata": {}, "source": ["# One"]}], '
     notebook += '"metadata": {"kernelspec": {"name": "python3"}}, "nbformat": 4, "nbformat_minor": 5}'
     (tmp_path / "notebooks" / "1_look.ipynb").write_text(notebook)
