@@ -176,7 +176,7 @@ def test_search_finds_the_pages_that_hold_a_word(site: Path, served: str, browse
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("console", lambda said: said.type == "error" and faults.append(said.text))
     page.on("request", lambda request: request.url.startswith(root) or faults.append(request.url))
-    for word in ("rebinding", "dequantised", "Shakespeare"):
+    for word in ("rebinding", "Shakespeare"):
         holding = {
             str(path.relative_to(site))
             for path in (site / "book").rglob("*.html")
@@ -188,7 +188,6 @@ def test_search_finds_the_pages_that_hold_a_word(site: Path, served: str, browse
         page.keyboard.press("Enter")
         page.locator("#search-results .search-summary", has_text="finished").wait_for()
         links = page.locator("#search-results li a").evaluate_all("all => all.map(one => one.getAttribute('href'))")
-        assert {link.partition("#")[0].partition("?")[0] for link in links} >= holding, word
-        assert bool(holding) == bool(links), word
+        assert {link.partition("#")[0].partition("?")[0] for link in links} >= holding > set(), word
     page.close()
     assert not faults
