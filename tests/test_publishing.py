@@ -116,6 +116,7 @@ def test_a_built_page_has_buttons_only_where_there_is_an_address(address: str, t
     (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters: [{file: run/toy/1_look}]\n")
     config = yaml.safe_load((ROOT / "_config.yml").read_text())
     del config["bibtex_bibfiles"], config["sphinx"]["config"]["html_css_files"]
+    config["html"].pop("favicon", None), config["sphinx"]["config"].pop("html_favicon", None)
     config["sphinx"]["config"]["html_static_path"] = []
     (tmp_path / "_config.yml").write_text(yaml.safe_dump(config))
     build = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(tmp_path), "-W", "-n"]
