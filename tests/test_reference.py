@@ -51,7 +51,7 @@ def test_examples_print_what_their_page_shows(page: Path, tmp_path: Path) -> Non
 
 
 def test_pages_are_built_without_a_warning_and_name_no_type_that_leads_nowhere(tmp_path: Path) -> None:
-    for name in ("_config.yml", "book/references.bib", "notebooks/bookpages.py"):
+    for name in ("_config.yml", "book/references.bib", "notebooks/bookpages.py", "notebooks/stills.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "book" / "assets", tmp_path / "book" / "assets")
