@@ -37,10 +37,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from bench import keep
 from kills import Work, cleared, project, works
 from lives import ROOT, life
-
-from chassis_utils.files import replacing
 
 CELLS = 4
 #: A library loaded before all others: the clock of the day jumps, the one that only runs does not.
@@ -439,9 +438,7 @@ def main() -> None:
             row = {"fault": what, "work": name} | counts | {"line": next((x["line"] for x in found if x["struck"]), "")}
             print(json.dumps(row), flush=True)
             if options.out:
-                known = json.loads(options.out.read_text()) if options.out.exists() else {}
-                with replacing(options.out) as temporary:
-                    temporary.write_text(json.dumps(known | {f"{what}, {name}": row}, indent=1) + "\n")
+                keep(options.out, **{f"{what}, {name}": row})
 
 
 if __name__ == "__main__":

@@ -29,11 +29,11 @@ from typing import Any
 import nbformat
 import pandas as pd
 import yaml
+from bench import keep
 from lives import ROOT, life
 from nbformat.v4 import new_code_cell, new_notebook
 
 from chassis_utils import Adapter, ChassisError
-from chassis_utils.files import replacing
 
 CODE = """
 import random, time
@@ -233,9 +233,7 @@ def main() -> None:
         told = {"what": what, "workers": options.workers} | told
         print(json.dumps({name: value for name, value in told.items() if name != "moments"}), flush=True)
         if options.out:
-            known = json.loads(options.out.read_text()) if options.out.exists() else {}
-            with replacing(options.out) as temporary:
-                temporary.write_text(json.dumps(known | {f"{what}, {options.workers} workers": told}, indent=1) + "\n")
+            keep(options.out, **{f"{what}, {options.workers} workers": told})
 
 
 if __name__ == "__main__":
