@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +154,12 @@ def fresh(folders: dict[str, Path]) -> LanguageModel:
     return load(str(folders["base"]), device="cpu")
 
 
-def walk(browser: Any, site: Path, pages: dict[str, int], width: int) -> Iterator[tuple[str, str, Any]]:
-    """Open each page from disk and show it in either theme, once plots and formulas are there.
+def walk(browser: Any, site: Path, pages: dict[str, int], *widths: int) -> Iterator[tuple[str, int, str, Any]]:
+    """Open each page from disk at the first width, go on to the others, and show it in either theme.
 
     It must draw this number of plots, fit the window, fail nowhere, complain nowhere and stay offline.
     """
-    context = browser.new_context(viewport={"width": width, "height": 844})
+    context = browser.new_context(viewport={"width": widths[0], "height": 844})
     context.set_default_timeout(60_000)
     faults: list[str] = []
     for name, plots in pages.items():
@@ -171,7 +172,8 @@ def walk(browser: Any, site: Path, pages: dict[str, int], width: int) -> Iterato
         page.add_style_tag(content="* { transition: none !important }")  # no colour is judged on its way to another
         page.wait_for_function(f"document.querySelectorAll('.chassis-plot[data-drawn]').length === {plots}")
         page.wait_for_function("!document.querySelector('.math') || document.querySelector('mjx-container')")
-        for theme in ("light", "dark"):
+        for width, theme in product(widths, ("light", "dark")):
+            page.set_viewport_size({"width": width, "height": 844})
             page.emulate_media(color_scheme=theme)
             page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
             wide = page.evaluate("document.documentElement.scrollWidth")
@@ -179,7 +181,7 @@ def walk(browser: Any, site: Path, pages: dict[str, int], width: int) -> Iterato
             # The plots must fit as well as the page.
             boxes = page.locator(".main-svg").evaluate_all("all => all.map(one => one.getBoundingClientRect().width)")
             assert all(box <= width for box in boxes), f"a plot of {name} is wider than {width}"
-            yield name, theme, page
+            yield name, width, theme, page
         page.close()
     context.close()
     assert not faults

@@ -118,7 +118,7 @@ def test_plotly_is_there_once_and_loaded_only_where_it_is_needed(site: Path) -> 
 @needs_browser
 @pytest.mark.parametrize("width", [1280, 390])
 def test_pages_are_whole_offline(site: Path, browser: object, width: int) -> None:
-    for name, theme, page in walk(browser, site, PLOTS, width):
+    for name, _, theme, page in walk(browser, site, PLOTS, width):
         assert not barriers(page, theme), name
         assert page.locator(".chassis-plot .scatterlayer .trace").count() == PLOTS[name]
         if name != "index":
