@@ -4,17 +4,14 @@ PROFILE ?= pocket
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: book test test-lab lab bench clean distclean
+.PHONY: book test lab bench clean distclean
 
 book: $(READY)  ## run every notebook that has not run as it stands, build the site
 	$(BIN)/chassis run --profile $(PROFILE) --missing
 	$(BIN)/chassis book --profile $(PROFILE)
 
-test: $(READY)  ## the tests, two files at a time, one thread each; those that open JupyterLab aside
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not lab"
-
-test-lab: $(READY)  ## JupyterLab opened in a browser: notebooks run, a slider moved
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m lab
+test: $(READY)  ## the tests, two files at a time, one thread each; pages and JupyterLab in a browser where there is one
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(READY)  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=. notebooks

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,12 @@ def colour(name: str, names: list[str]) -> str:
 
 def label(token: int, tokenizer: Any) -> str:
     """A token's text, with the space that it begins with; of one that stands for none (an end of text), its name."""
-    text = (token_bytes(tokenizer)[token] or b"").decode(errors="replace")
+    text = (_pieces(tokenizer)[token] or b"").decode(errors="replace")
     return (text or str(tokenizer.convert_ids_to_tokens(token))).translate(SEEN)
+
+
+#: Every token's bytes take as long to find as many figures to draw, and a page has one tokenizer.
+_pieces = lru_cache(maxsize=2)(token_bytes)
 
 
 def next_tokens(said: Mapping[str, torch.Tensor], tokenizer: Any, tokens: int = 8) -> go.Figure:

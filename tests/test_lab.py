@@ -28,7 +28,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory, browser: Any) -> Iterator[Lab]
         yield lab
 
 
-@pytest.mark.lab
 @needs_browser
 @pytest.mark.parametrize("stem", OPENED)
 def test_a_notebook_runs_from_top_to_bottom(lab: Lab, stem: str) -> None:
@@ -39,7 +38,6 @@ def test_a_notebook_runs_from_top_to_bottom(lab: Lab, stem: str) -> None:
     assert not lab.faults
 
 
-@pytest.mark.lab
 @needs_browser
 def test_a_slider_moves_its_figure_by_mouse_and_by_keyboard_and_after_a_restart(lab: Lab) -> None:
     if "A2_your_own_expert" not in lab.page.url:

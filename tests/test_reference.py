@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import html
+import json
 import re
 import shutil
 import subprocess
@@ -16,6 +17,22 @@ import chassis_utils
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "book" / "api").glob("*.md"))
+#: One process for all: each would take longer to start than its examples run.
+RUNNER = """
+import json, os, sys
+import torch
+torch.set_num_threads(1)
+mark, pages = json.load(sys.stdin)
+for stem, codes in pages.items():
+    os.mkdir(stem)
+    os.chdir(stem)
+    print(f"{mark}page {stem}")
+    names = {"__name__": "__main__"}
+    for code in codes:
+        print(mark)
+        exec(code, names)
+    os.chdir("..")
+"""
 ENTRY = re.compile(r"^\.\. auto(?:function|class|exception):: chassis_utils\.(\S+)", re.M)
 
 
@@ -39,15 +56,25 @@ def test_every_public_name_has_one_entry_and_an_example_on_the_same_page() -> No
         assert used >= {name for name in names if "." not in name}, f"{page.name} has no example of a name"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_examples_print_what_their_page_shows(page: Path, tmp_path: Path) -> None:
-    mark = "\x00block\x00"
-    parts = [f"print({mark!r})\n{code}" for code, _ in blocks(page)]
-    code = "\n".join(["import torch", "torch.set_num_threads(1)", *parts])
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What every example printed, page by page: each page with names of its own, in a folder of its own."""
+    mark, told = "\x00block\x00", {}
+    pages = {page.stem: [code for code, _ in blocks(page)] for page in PAGES}
+    folder = tmp_path_factory.mktemp("examples")
+    done = subprocess.run([sys.executable, "-c", RUNNER], input=json.dumps([mark, pages]), cwd=folder,
+                          capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    for (_, shown), printed in zip(blocks(page), done.stdout.split(f"{mark}\n")[1:], strict=True):
-        assert printed == (shown or ""), page.name
+    for told_of_page in done.stdout.split(f"{mark}page ")[1:]:
+        stem, *outputs = told_of_page.split(f"{mark}\n")
+        told[stem.strip()] = outputs
+    return told
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_examples_print_what_their_page_shows(page: Path, printed: dict[str, list[str]]) -> None:
+    shown = [shown or "" for _, shown in blocks(page)]
+    assert printed[page.stem] == shown
 
 
 def test_pages_are_built_without_a_warning_and_name_no_type_that_leads_nowhere(tmp_path: Path) -> None:
