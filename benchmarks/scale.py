@@ -36,7 +36,8 @@ ROWS = 1024  # tokens of a forward pass
 BATCH = 4096  # tokens whose sums are added at once, one in eight to the held-out ones, as `gather` does
 JUDGED = 256  # tokens of the table
 LAMS = 6  # that v2 tries
-PARTS = ("depth", "ladder")
+PARTS = ("depth", "vocabulary", "ladder")
+VOCABULARIES = (32_000, 64_000, 128_000, 256_000)
 EIGH = 9.0  # n^3 multiply-adds and more that a symmetric eigenproblem with vectors is said to take
 
 
@@ -388,6 +389,9 @@ def show(figures: dict[str, Any]) -> None:
         held, beyond = ("?" if row[key] is None else f"{row[key] / 2**30:.2f}" for key in ("held_bytes", "peak_bytes"))
         size = f"{row['tokens']} tokens, {held} GiB held, {beyond} more at the peak"
         print(f"{row['stage']:<40}{row['seconds']:9.2f} s, {size}")
+    for row in figures.get("vocabulary", []):
+        held, beyond = ("?" if row[key] is None else f"{row[key] / 2**30:.2f}" for key in ("held_bytes", "peak_bytes"))
+        print(f"V = {row['vocab']:>7,} {row['stage']:<32}{row['seconds']:9.2f} s, {held} GiB held, {beyond} more at most")
     for name, families in figures.get("carried", {}).items():
         for family, found in families.items():
             total = {key: value / 3600 for key, value in found["total"].items()}
@@ -418,6 +422,10 @@ def main() -> None:
         shallow = Shape(**asdict(TINYLLAMA) | {"layers": 3})
         runs = [alone(whole_width, [(TINYLLAMA, args.tokens)]), alone(edited, [(shallow, args.tokens)])]
         keep(args.out, depth=[row for (rows,) in runs for row in rows])
+    if "vocabulary" in args.parts:
+        several = [(Shape(1024, 2816, size, 2, 16, 2), args.tokens) for size in VOCABULARIES]
+        runs = zip(VOCABULARIES, alone(whole_width, several), strict=True)
+        keep(args.out, vocabulary=[{"vocab": size} | row for size, rows in runs for row in rows])
     if "ladder" in args.parts:
         several = [(like_tinyllama(size), wide) for size, wide in sizes]
         keep(args.out, ladder=[row for part in alone(ladder, tqdm(several, desc="sizes")) for row in part])
