@@ -391,7 +391,7 @@ def show(figures: dict[str, Any]) -> None:
         print(f"{row['stage']:<40}{row['seconds']:9.2f} s, {size}")
     for row in figures.get("vocabulary", []):
         held, beyond = ("?" if row[key] is None else f"{row[key] / 2**30:.2f}" for key in ("held_bytes", "peak_bytes"))
-        print(f"V = {row['vocab']:>7,} {row['stage']:<32}{row['seconds']:9.2f} s, {held} GiB held, {beyond} more at most")
+        print(f"V = {row['vocab']:>7,} {row['stage']:<32}{row['seconds']:9.2f} s, {held} GiB held, {beyond} more")
     for name, families in figures.get("carried", {}).items():
         for family, found in families.items():
             total = {key: value / 3600 for key, value in found["total"].items()}
