@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from scipy.stats import t
+from scipy.special import stdtrit
 
 from .activations import Activations, Expert, harvest
 from .adapter import Adapter
@@ -34,7 +34,7 @@ def ratio_bounds(share: torch.Tensor, of: torch.Tensor) -> tuple[float, float]:
     m, ratio = len(of), float(share.sum() / of.sum())
     if m < 2 or not math.isfinite(ratio):
         return math.nan, math.nan
-    reach = float(t.ppf(0.975, m - 1) * ((share - ratio * of).square().sum() * m / (m - 1)).sqrt() / of.sum())
+    reach = float(stdtrit(m - 1, 0.975) * ((share - ratio * of).square().sum() * m / (m - 1)).sqrt() / of.sum())
     return ratio - reach, ratio + reach
 
 

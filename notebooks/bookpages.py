@@ -183,11 +183,21 @@ def _sections(app: Any, what: str, name: str, object: Any, options: Any, lines: 
         lines[:] = GoogleDocstring(lines, what=what).lines()
 
 
-def _mend_sources(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
-    """Call a bibliography no list, as docutils does: it has no items, and its entries say themselves what they are."""
-    context["body"] = context.get("body", "").replace(
-        '<div role="list" class="citation-list">', '<div class="citation-list">'
+def _mend_body(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Call a list what is one: a bibliography has no items, and the arguments of a long signature no terms."""
+    body = context.get("body", "").replace('<div role="list" class="citation-list">', '<div class="citation-list">')
+    items = r"<dl>\s*((?:<dd><em class=\"sig-param\">.*?</dd>\s*)+)</dl>"
+    context["body"] = re.sub(
+        items, lambda one: f'<ul class="sig-list">{one[1].replace("dd>", "li>")}</ul>', body, flags=re.DOTALL
     )
+
+
+def _name_toggles(app: Any, error: Exception | None) -> None:
+    """Say what a toggle of the contents shows: the theme gives it an arrow and no name."""
+    bare = '<summary><span class="toctree-toggle"'
+    for path in Path(app.outdir).rglob("*.html") if error is None and app.builder.format == "html" else ():
+        if bare in (text := path.read_text(encoding="utf-8")):
+            path.write_text(text.replace(bare, bare.replace(">", ' aria-label="pages of this part">', 1)), "utf-8")
 
 
 def setup(app: Any) -> dict[str, bool]:
@@ -205,5 +215,6 @@ def setup(app: Any) -> dict[str, bool]:
     app.connect("autodoc-process-signature", _readable)
     app.connect("autodoc-process-docstring", _sections)
     app.connect("missing-reference", _link_names)
-    app.connect("html-page-context", _mend_sources)
+    app.connect("html-page-context", _mend_body)
+    app.connect("build-finished", _name_toggles)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
