@@ -1,13 +1,15 @@
 # Everything a fresh clone needs. What is built lies in .venv, book/run and _build, and nowhere else.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PROFILE ?= pocket
+# Pages that run side by side: two need 3 GB, or two models on one GPU.
+JOBS ?= $(if $(filter pocket,$(PROFILE)),2,1)
 BIN := .venv/bin
 READY := .venv/.installed
 
 .PHONY: book test lab bench clean distclean
 
 book: $(READY)  ## run every notebook that has not run as it stands, build the site
-	$(BIN)/chassis run --profile $(PROFILE) --missing
+	$(BIN)/chassis run --profile $(PROFILE) --missing --jobs $(JOBS)
 	$(BIN)/chassis book --profile $(PROFILE)
 
 test: $(READY)  ## the tests, two files at a time, one thread each; pages and JupyterLab in a browser where there is one

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -29,9 +30,13 @@ import yaml
 import chassis_utils
 from chassis_utils import ChassisError
 from chassis_utils.files import locked, made
+from engines import InProcess
 from records import FILE, forget, replace_text
 
 PARAMETERS = ("base", "expert", "n_train", "ranks", "layers", "seed", "device", "out_dir")
+#: What sets how many threads a process computes with; figures must not depend on how many run beside one another.
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+READS = "read_records"  # in a page that depends on the records of others
 PATIENCE = 5  # seconds
 _PROFILES = Path("notebooks", "profiles.yml")
 
@@ -150,38 +155,75 @@ def plan(notebooks: Sequence[str], profile: Profile, choices: Sequence[Mapping[s
     return plans
 
 
+class Leash:
+    """What running notebooks hang on: they end tidily when it is let go, by us or by the end of this process."""
+
+    def __init__(self) -> None:
+        self.end, self._held = os.pipe()
+        self.gone = False
+
+    def __enter__(self) -> Leash:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.let_go()
+        os.close(self.end)
+
+    def let_go(self) -> None:
+        """End what hangs on it."""
+        if not self.gone:
+            self.gone = True
+            os.close(self._held)
+
+
 def run(
     notebooks: Sequence[str], profile: str | Profile, settings: Mapping[str, Any] | None = None,
-    out_dir: str | Path | None = None, progress: bool = True, missing: bool = False,
+    out_dir: str | Path | None = None, progress: bool = True, missing: bool = False, jobs: int = 1,
 ) -> list[Path]:  # fmt: skip
     """Execute the notebooks of these stems, or all of a profile; each is published only if it ran to its end.
 
     A notebook that fails goes to `failed/`, its earlier page and records are removed, and the rest still runs.
     `settings` override the profile's parameters, `out_dir` is the profile's run folder unless given, and with
     `progress` a line is printed for each. With `missing`, pages stay of which nothing has changed since (see `_stamp`):
-    what was killed goes on from the page it was at. Returns the published notebooks. ChassisError for bad input, before
-    anything has run; or for notebooks that failed, after all have.
+    what was killed goes on from the page it was at. So many `jobs` run side by side, each with its share of the cores;
+    a page that reads the records of others waits for those before it. Returns the published notebooks. ChassisError for
+    bad input, before anything has run; or for notebooks that failed, after all have.
     """
     profile = load_profile(profile) if isinstance(profile, str) else profile
     (planned,) = plan(notebooks, profile, [settings or {}])
     out = (profile.run_dir if out_dir is None else Path(out_dir)).resolve()
-    failures: list[str] = []
+    share = dict.fromkeys(THREADS, str(max(1, (os.cpu_count() or 1) // jobs))) if jobs > 1 else {}
     busy = f"another run is writing to {out}: wait for its end, or give another folder"
-    with _alone(out / ".run.lock", busy) as lock:
-        for stem, values in planned.items():
-            source, mark = profile.root / "notebooks" / f"{stem}.ipynb", out / f".{stem}.stamp"
-            clock = time.monotonic()
-            if missing and mark.is_file() and mark.read_text() == _stamp(source, out, values):
-                if progress:
-                    print(f"{stem}: kept", flush=True)
-                continue
-            mark.unlink(missing_ok=True)
-            if cause := execute(source, out, values, lock):
-                failures.append(f"{stem} ({cause})")
-            else:
-                replace_text(mark, _stamp(source, out, values))
+
+    def page(stem: str, values: dict[str, Any]) -> str | None:
+        """Run a page unless it may stay; why it failed, if it did."""
+        source, mark = profile.root / "notebooks" / f"{stem}.ipynb", out / f".{stem}.stamp"
+        clock = time.monotonic()
+        if missing and mark.is_file() and mark.read_text() == _stamp(source, out, values):
             if progress:
-                print(f"{stem}: {'failed' if cause else 'done'}, {time.monotonic() - clock:.1f} s", flush=True)
+                print(f"{stem}: kept", flush=True)
+            return None
+        mark.unlink(missing_ok=True)
+        if not (cause := execute(source, out, values, lock, leash, env=share)):
+            replace_text(mark, _stamp(source, out, values))
+        if progress:
+            print(f"{stem}: {'failed' if cause else 'done'}, {time.monotonic() - clock:.1f} s", flush=True)
+        return cause
+
+    with _alone(out / ".run.lock", busy) as lock, Leash() as leash:
+        pages: dict[str, Future[str | None]] = {}
+        with ThreadPoolExecutor(jobs) if jobs > 1 else InProcess() as pool:
+            try:
+                for stem, values in planned.items():
+                    if READS in (profile.root / "notebooks" / f"{stem}.ipynb").read_text(encoding="utf-8"):
+                        wait(pages.values())
+                    pages[stem] = pool.submit(page, stem, values)
+                wait(pages.values())
+            except KeyboardInterrupt:
+                leash.let_go()
+                pool.shutdown(cancel_futures=True)
+                raise
+        failures = [f"{stem} ({cause})" for stem, done in pages.items() if (cause := done.result())]
     if failures:
         raise ChassisError(f"failed, see {out / 'failed'}: {'; '.join(failures)}")
     return [out / f"{stem}.ipynb" for stem in planned]
@@ -214,7 +256,7 @@ def _stamp(source: Path, out: Path, values: Mapping[str, Any]) -> str:
     told = source.read_text(encoding="utf-8")
     lines = rows.read_text(encoding="utf-8").splitlines() if rows.is_file() else []
     mine = f'"notebook": {json.dumps(source.stem)}'
-    own = [line for line in lines if "read_records" in told or mine in line]
+    own = [line for line in lines if READS in told or mine in line]
     parts = [told, json.dumps(values, sort_keys=True, default=str), page.read_text(encoding="utf-8"), *own]
     parts += [_code(source.parent), _code(Path(chassis_utils.__file__).parent)]
     parts += [sys.version, *map(version, ("torch", "transformers", "numpy", "plotly"))]
@@ -231,11 +273,12 @@ def _code(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def execute(source: Path, out: Path, values: dict[str, Any], lock: int, memory: int | None = None,
+def execute(source: Path, out: Path, values: dict[str, Any], lock: int, leash: Leash, memory: int | None = None,
             env: Mapping[str, str] | None = None) -> str | None:  # fmt: skip
     """Run one notebook and publish it, or move it to `failed/` and return the cause in a line.
 
-    `memory` is what each of its processes may allocate, in bytes, and `env` goes over the environment.
+    It ends when `leash` is let go: KeyboardInterrupt, and nothing is published. `memory` is what each of its processes
+    may allocate, in bytes, and `env` goes over the environment.
     """
     partial, final, failed = out / f".{source.stem}.partial.ipynb", out / source.name, out / "failed" / source.name
     if "out_dir" in values:
@@ -248,12 +291,13 @@ def execute(source: Path, out: Path, values: dict[str, Any], lock: int, memory: 
     env = os.environ | {"CHASSIS_HEADLESS": "1", "PYTHONPATH": path} | (env or {})
     # The child keeps the lock open, so that a run whose parent was killed still counts as one until the child has gone:
     # it goes when nobody holds the other end of its input any more.
-    alive, held = os.pipe()
-    options = {"env": env, "pass_fds": (lock,), "text": True, "stdin": alive}
+    options = {"env": env, "pass_fds": (lock,), "text": True, "stdin": leash.end}
     task = json.dumps([str(source), str(partial), values, memory])
     command = [sys.executable, "-P", str(Path(__file__).with_name("execute.py")), task]
     try:
         child = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False, **options)
+        if leash.gone:
+            raise KeyboardInterrupt
         if not (cause := _cause(partial, child.returncode, child.stderr)):
             os.replace(partial, final)
             failed.unlink(missing_ok=True)
@@ -265,8 +309,6 @@ def execute(source: Path, out: Path, values: dict[str, Any], lock: int, memory: 
             os.replace(partial, failed)
         return cause
     finally:
-        os.close(held)
-        os.close(alive)
         partial.unlink(missing_ok=True)
 
 

@@ -14,14 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batch import execute
+from batch import THREADS, Leash, execute
 from chassis_utils.files import locked
 from engines import alike, memory
 from records import FILE, replace_text
 
 DONE = "cell.json"  # what a cell says when it has ended
-#: Figures must not depend on how many cells run beside one another: all compute with as many threads.
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def _digest(path: Path) -> str | None:
@@ -61,7 +59,8 @@ def run_cell(cell: Cell, causes: list[str], env: Mapping[str, str], by: dict[str
         clock = time.monotonic()
         # What a driver of another device maps for itself is no memory of this machine's.
         limit = memory() if cell.values.get("device", "cpu") == "cpu" else None
-        cause = execute(cell.source, cell.folder, cell.values, lock, limit, env)
+        with Leash() as leash:
+            cause = execute(cell.source, cell.folder, cell.values, lock, leash, limit, env)
         seconds = time.monotonic() - clock
         if not cause:
             said = {"notebook": cell.source.stem, "parameters": cell.values, "seconds": seconds, "causes": causes}

@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--set", dest="settings", type=_setting, action="append", default=[], metavar="KEY=VALUE")
     run.add_argument("--out", metavar="DIR", help="write here instead")
     run.add_argument("--missing", action="store_true", help="keep pages of which nothing has changed since")
+    run.add_argument("--jobs", type=_count, default=1, metavar="N", help="pages side by side (default: 1)")
     grid = commands.add_parser("grid", help="execute notebooks times lists of parameters, what is missing of them")
     grid.add_argument("file", metavar="FILE", help="YAML: profile, notebooks, parameters to lists, retries")
     where = grid.add_mutually_exclusive_group()
@@ -98,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             import batch
 
             options.settings = dict(options.settings)
-            batch.run(options.notebooks, options.profile, options.settings, options.out, missing=options.missing)
+            how = {"missing": options.missing, "jobs": max(1, options.jobs)}
+            batch.run(options.notebooks, options.profile, options.settings, options.out, **how)
         elif options.command == "grid":
             import grid
 

@@ -91,7 +91,7 @@ def test_a_run_publishes_what_ended_and_nothing_that_failed(inside: Path, capfd:
     assert [line.split(",")[0] for line in lines] == ["1_look: done", "2_fail: done", "3_stop: done", "4_write: done"]
 
     with pytest.raises(ChassisError) as caught:
-        run(["4_write", "3_stop", "2_fail.ipynb"], "toy", {"seed": 1}, progress=False)
+        run(["4_write", "3_stop", "2_fail.ipynb"], "toy", {"seed": 1}, progress=False, jobs=2)
     message = str(caught.value)
     assert "2_fail (ZeroDivisionError: division by zero)" in message and "3_stop (SystemExit: 0)" in message
     assert "4_write" not in message and "\n" not in message
@@ -103,6 +103,12 @@ def test_a_run_publishes_what_ended_and_nothing_that_failed(inside: Path, capfd:
     assert run(["2_fail"], "toy") == [out / "2_fail.ipynb"]
     assert [p.name for p in (out / "failed").iterdir()] == ["3_stop.ipynb"]
     assert "done" in capfd.readouterr().out
+
+
+def test_a_page_that_reads_records_waits_for_the_pages_before_it(inside: Path) -> None:
+    reads = "from records import read_records; assert {*read_records(out_dir)['notebook']} == {'2_fail'}"
+    write(inside / "notebooks", "3_stop", PARAMETERS, reads)
+    assert len(run(["1_look", "2_fail", "3_stop"], "toy", progress=False, jobs=3)) == 3
 
 
 def test_another_folder_is_given_as_an_absolute_path(tmp_path: Path) -> None:

@@ -36,12 +36,14 @@ def test_run_from_the_shell(tmp_path: Path) -> None:
     assert not (root / "here" / "2_fail.ipynb").exists() and (root / "here" / "failed" / "2_fail.ipynb").exists()
 
 
-def test_an_interrupt_leaves_no_half_written_notebook_and_no_kernel(tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_an_interrupt_leaves_no_half_written_notebook_and_no_kernel(tmp_path: Path, jobs: str) -> None:
     root = project(tmp_path)
     slow = "import os, time\nopen(os.path.join(out_dir, 'pid'), 'w').write(str(os.getpid()))\ntime.sleep(300)"
     write(root / "notebooks", "3_stop", PARAMETERS, slow)
+    write(root / "notebooks", "4_write", PARAMETERS, "import time\ntime.sleep(300)")
     out = root / "book" / "run" / "toy"
-    command = [*COMMAND, "run", "3_stop", "4_write", "--profile", "toy"]
+    command = [*COMMAND, "run", "3_stop", "4_write", "--profile", "toy", "--jobs", jobs]
     env = os.environ | {"PYTHONPATH": str(PACKAGE)}
     options = {"cwd": root, "env": env, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     # A shell starts what runs in the background deaf to interrupts, and children inherit that.
