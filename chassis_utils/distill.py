@@ -69,8 +69,7 @@ def _v2(
             before = final - 1 if number == "stream" else number - 1
             edits.append(_imitation(run(Features((before, f"block {before}")), *edits, layer=number), lams, edit_rank))
         there, deep = _read_out(run(near, *edits), choices, metric, lams)
-        if there < reached:
-            best = replace(deep, edits=tuple(edits))
+        best = replace(deep, edits=tuple(edits)) if there < reached else best
     return best
 
 

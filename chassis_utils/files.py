@@ -13,14 +13,15 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from psutil import pid_exists
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from .errors import ChassisError
+
+if TYPE_CHECKING:
+    import torch  # two seconds to load, which a page of records need not wait for
 
 
 @contextmanager
@@ -92,6 +93,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], key: dict[str, Any]) -> None:
     """Write tensors with the `key` of all that decides them and a checksum of their values, whole or not at all."""
+    from safetensors.torch import save_file
+
     with replacing(path) as temporary:
         save_file({**tensors}, temporary, metadata={"key": json.dumps(key | {"sha256": _checksum(tensors)})})
 
@@ -105,10 +108,8 @@ def read_tensors(path: Path, key: dict[str, Any], values: bool = True) -> dict[s
                 return f"is of other {', '.join(other)}"
             tensors = {name: file.get_tensor(name) for name in file.keys()} if values else {}  # noqa: SIM118
         return "is damaged" if values and _checksum(tensors) != theirs["sha256"] else tensors
-    except FileNotFoundError:
-        return ""
-    except (OSError, SafetensorError, LookupError, ValueError, TypeError):
-        return "is damaged"
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError) as error:
+        return "" if isinstance(error, FileNotFoundError) else "is damaged"
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
