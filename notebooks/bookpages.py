@@ -192,14 +192,6 @@ def _mend_body(app: Any, page: str, template: str, context: dict[str, Any], doct
     )
 
 
-def _name_toggles(app: Any, error: Exception | None) -> None:
-    """Say what a toggle of the contents shows: the theme gives it an arrow and no name."""
-    bare = '<summary><span class="toctree-toggle"'
-    for path in Path(app.outdir).rglob("*.html") if error is None and app.builder.format == "html" else ():
-        if bare in (text := path.read_text(encoding="utf-8")):
-            path.write_text(text.replace(bare, bare.replace(">", ' aria-label="pages of this part">', 1)), "utf-8")
-
-
 def setup(app: Any) -> dict[str, bool]:
     """The extension: plotly copied once, figures made HTML, scripts per page, runs quoted, terms and names linked."""
     app.connect("config-inited", _add_plotly)
@@ -216,5 +208,4 @@ def setup(app: Any) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", _sections)
     app.connect("missing-reference", _link_names)
     app.connect("html-page-context", _mend_body)
-    app.connect("build-finished", _name_toggles)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
