@@ -1,7 +1,7 @@
 # Everything a fresh clone needs. What is built lies in .venv, book/run and _build, and nowhere else.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PROFILE ?= pocket
-# Pages that run side by side: two need 3 GB, or two models on one GPU.
+# Pages that run side by side. Each loads its own models: one at a time where they are large.
 JOBS ?= $(if $(filter pocket,$(PROFILE)),2,1)
 BIN := .venv/bin
 READY := .venv/.installed

@@ -385,13 +385,11 @@ def show(figures: dict[str, Any]) -> None:
         bounds = f"{row['predicted']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
         rate = f"exponent {row['exponent']:.2f}, {row['gflops']:5.1f} GFLOP/s"
         print(f"{row['stage']:<32} {rate}; at {row['largest']} predicted {bounds}, measured {row['seconds']:.2f} s")
-    for row in figures.get("depth", []):
+    for row in (*figures.get("depth", []), *figures.get("vocabulary", [])):
         held, beyond = ("?" if row[key] is None else f"{row[key] / 2**30:.2f}" for key in ("held_bytes", "peak_bytes"))
+        stage = f"V = {row['vocab']:,}: {row['stage']}" if "vocab" in row else row["stage"]
         size = f"{row['tokens']} tokens, {held} GiB held, {beyond} more at the peak"
-        print(f"{row['stage']:<40}{row['seconds']:9.2f} s, {size}")
-    for row in figures.get("vocabulary", []):
-        held, beyond = ("?" if row[key] is None else f"{row[key] / 2**30:.2f}" for key in ("held_bytes", "peak_bytes"))
-        print(f"V = {row['vocab']:>7,} {row['stage']:<32}{row['seconds']:9.2f} s, {held} GiB held, {beyond} more")
+        print(f"{stage:<46}{row['seconds']:9.2f} s, {size}")
     for name, families in figures.get("carried", {}).items():
         for family, found in families.items():
             total = {key: value / 3600 for key, value in found["total"].items()}

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -34,7 +34,7 @@ from engines import InProcess
 from records import FILE, forget, replace_text
 
 PARAMETERS = ("base", "expert", "n_train", "ranks", "layers", "seed", "device", "out_dir")
-#: What sets how many threads a process computes with; figures must not depend on how many run beside one another.
+#: What sets how many threads a process computes with.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 READS = "read_records"  # in a page that depends on the records of others
 PATIENCE = 5  # seconds
@@ -192,38 +192,43 @@ def run(
     profile = load_profile(profile) if isinstance(profile, str) else profile
     (planned,) = plan(notebooks, profile, [settings or {}])
     out = (profile.run_dir if out_dir is None else Path(out_dir)).resolve()
-    share = dict.fromkeys(THREADS, str(max(1, (os.cpu_count() or 1) // jobs))) if jobs > 1 else {}
+    cores = str(max(1, len(os.sched_getaffinity(0)) // max(1, jobs)))
+    share = dict.fromkeys(THREADS, os.environ.get(THREADS[0], cores)) if jobs > 1 else {}
     busy = f"another run is writing to {out}: wait for its end, or give another folder"
+    pages: dict[str, Future[str | None]] = {}
 
-    def page(stem: str, values: dict[str, Any]) -> str | None:
+    def page(source: Path, values: dict[str, Any]) -> str | None:
         """Run a page unless it may stay; why it failed, if it did."""
-        source, mark = profile.root / "notebooks" / f"{stem}.ipynb", out / f".{stem}.stamp"
-        clock = time.monotonic()
+        mark, clock = out / f".{source.stem}.stamp", time.monotonic()
         if missing and mark.is_file() and mark.read_text() == _stamp(source, out, values):
             if progress:
-                print(f"{stem}: kept", flush=True)
+                print(f"{source.stem}: kept", flush=True)
             return None
         mark.unlink(missing_ok=True)
         if not (cause := execute(source, out, values, lock, leash, env=share)):
             replace_text(mark, _stamp(source, out, values))
         if progress:
-            print(f"{stem}: {'failed' if cause else 'done'}, {time.monotonic() - clock:.1f} s", flush=True)
+            print(f"{source.stem}: {'failed' if cause else 'done'}, {time.monotonic() - clock:.1f} s", flush=True)
         return cause
 
+    def causes() -> dict[str, str | None]:
+        """Wait for the pages so far; what is no failure of a page, such as a full disk, is raised at once."""
+        ended = wait(pages.values(), return_when=FIRST_EXCEPTION).done
+        return {stem: one.result() for stem, one in pages.items() if one in ended}
+
     with _alone(out / ".run.lock", busy) as lock, Leash() as leash:
-        pages: dict[str, Future[str | None]] = {}
         with ThreadPoolExecutor(jobs) if jobs > 1 else InProcess() as pool:
             try:
                 for stem, values in planned.items():
-                    if READS in (profile.root / "notebooks" / f"{stem}.ipynb").read_text(encoding="utf-8"):
-                        wait(pages.values())
-                    pages[stem] = pool.submit(page, stem, values)
-                wait(pages.values())
-            except KeyboardInterrupt:
+                    source = profile.root / "notebooks" / f"{stem}.ipynb"
+                    if jobs <= 1 or READS in source.read_text(encoding="utf-8"):
+                        causes()
+                    pages[stem] = pool.submit(page, source, values)
+                failures = [f"{stem} ({cause})" for stem, cause in causes().items() if cause]
+            except BaseException:
                 leash.let_go()
                 pool.shutdown(cancel_futures=True)
                 raise
-        failures = [f"{stem} ({cause})" for stem, done in pages.items() if (cause := done.result())]
     if failures:
         raise ChassisError(f"failed, see {out / 'failed'}: {'; '.join(failures)}")
     return [out / f"{stem}.ipynb" for stem in planned]

@@ -186,7 +186,7 @@ def _sections(app: Any, what: str, name: str, object: Any, options: Any, lines: 
 def _mend_body(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
     """Call a list what is one: a bibliography has no items, and the arguments of a long signature no terms."""
     body = context.get("body", "").replace('<div role="list" class="citation-list">', '<div class="citation-list">')
-    items = r"<dl>\s*((?:<dd><em class=\"sig-param\">.*?</dd>\s*)+)</dl>"
+    items = r'<dl>\s*((?:<dd><em class="sig-param">.*?</dd>\s*)+)</dl>'
     context["body"] = re.sub(
         items, lambda one: f'<ul class="sig-list">{one[1].replace("dd>", "li>")}</ul>', body, flags=re.DOTALL
     )

@@ -71,6 +71,7 @@ def run_cell(cell: Cell, causes: list[str], env: Mapping[str, str], by: dict[str
 
 def work_on(told: Callable[[], dict[str, str]]) -> Callable[..., tuple[float, str | None]]:
     """What a worker is sent, all it needs with it: it looks that the worker is like this machine, and runs a cell."""
+    # Figures must not depend on how many cells run beside one another: all compute with as many threads.
     check, threads = alike(told), dict.fromkeys(THREADS, os.environ.get(THREADS[0], "1"))
 
     def work(cell: tuple[Any, ...], causes: list[str]) -> tuple[float, str | None]:

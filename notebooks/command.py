@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             import batch
 
             options.settings = dict(options.settings)
-            how = {"missing": options.missing, "jobs": max(1, options.jobs)}
+            how = {"missing": options.missing, "jobs": options.jobs}
             batch.run(options.notebooks, options.profile, options.settings, options.out, **how)
         elif options.command == "grid":
             import grid

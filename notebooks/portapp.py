@@ -51,7 +51,7 @@ def label(token: int, tokenizer: Any) -> str:
     return (text or str(tokenizer.convert_ids_to_tokens(token))).translate(SEEN)
 
 
-#: Every token's bytes take as long to find as many figures to draw, and a page has one tokenizer.
+#: The bytes of a whole vocabulary, for which a label asks whenever it is drawn; a page has one tokenizer.
 _pieces = lru_cache(maxsize=2)(token_bytes)
 
 

@@ -198,7 +198,8 @@ def barriers(page: Any, theme: str) -> list[str]:
         page.evaluate(AXE_SCRIPT)
     # Without preload: that would fetch style sheets anew, which no page on a disk may.
     options = {"resultTypes": ["violations"], "preload": False}
-    options |= {"runOnly": ["color-contrast"]} if theme == "dark" else {}
+    if theme == "dark":
+        options["runOnly"] = ["color-contrast"]
     found = page.evaluate("options => axe.run(document, options)", options)
     assert found["passes"], "axe has looked at nothing"
     return [

@@ -111,6 +111,16 @@ def test_a_page_that_reads_records_waits_for_the_pages_before_it(inside: Path) -
     assert len(run(["1_look", "2_fail", "3_stop"], "toy", progress=False, jobs=3)) == 3
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_cannot_be_published_ends_the_run_at_once(inside: Path, jobs: int) -> None:
+    write(inside / "notebooks", "3_stop", PARAMETERS, "import time; time.sleep(300)")
+    out = inside / "book" / "run" / "toy"
+    (out / "1_look.ipynb").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        run(["1_look", "3_stop", "4_write"], "toy", progress=False, jobs=jobs)
+    assert not [path for path in out.rglob("*.ipynb") if path.is_file()] and not (out / "results.jsonl").exists()
+
+
 def test_another_folder_is_given_as_an_absolute_path(tmp_path: Path) -> None:
     assert run(["1_look"], "toy", {"ranks": [7]}, out_dir=tmp_path / "else where", progress=False)
     assert json.loads((tmp_path / "else where" / "seen.json").read_text())["ranks"] == [7]

@@ -89,7 +89,7 @@ def test_the_study_is_quoted_beside_its_reproduction(records: pd.DataFrame) -> N
 
 
 def test_a_second_run_gives_the_same_records(profile: Profile, records: pd.DataFrame, tmp_path: Path) -> None:
-    stem = "02_global_alignment"
+    stem = "05_multi_layer_sweep"
     run([stem], profile, out_dir=tmp_path, progress=False)
     again = read_records(tmp_path)
     assert same(records[records["notebook"] == stem], again) == []
