@@ -39,7 +39,7 @@ CODE = """
 import random, time
 from records import Records
 with open("../begun.txt", "a") as file:
-    print(seed, file=file)
+    print(f"{stem}{suffix},{seed}", file=file)
 draw = random.Random(seed)
 for experiment in ("first", "second"):
     records = Records(out_dir, experiment=experiment + suffix, notebook=stem, seed=seed)
@@ -119,7 +119,7 @@ def tables(root: Path) -> list[dict]:
     """All records of a grid, and its cells."""
     out = root / "book" / "run" / "toy" / "grid" / "grid"
     frames = (pd.read_csv(out / name) for name in ("grid.csv", "cells.csv"))
-    return [frame.drop(columns=[*TIMES & {*frame}]).fillna("").to_dict("list") for frame in frames]
+    return [frame.drop(columns=[*TIMES & {*frame}]).astype(object).fillna("").to_dict("list") for frame in frames]
 
 
 def pages(root: Path) -> list:
