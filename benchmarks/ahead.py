@@ -22,7 +22,7 @@ PAGE = ROOT / "book" / "ahead.md"
 TOKENS, RANK, UTILISATION, THREADS = 100_000, 64, 0.4, 8
 PHI = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "num_attention_heads": 32}
 PHI |= {"num_key_value_heads": 32, "vocab_size": 51200, "max_position_embeddings": 2048, "partial_rotary_factor": 0.4}
-ADA, AMPERE = "NVIDIA Ada architecture whitepaper", "NVIDIA Ampere GA102 architecture whitepaper"
+ADA, AMPERE = "NVIDIA's whitepaper {cite}`nvidia2022ada`", "NVIDIA's whitepaper {cite}`nvidia2020ampere`"
 #: Dense peaks: half precision with sums in single, double precision, bandwidth, memory.
 CARDS = (
     Device("RTX 4070 Ti 12 GB", 80.2e12, 0.627e12, 504e9, 12e9, ADA),

@@ -127,7 +127,7 @@ class Adapter(Exchange):
 
     @classmethod
     def identity(cls, base: LanguageModel, layer: int | None = None, onto: str = "final") -> Adapter:
-        """No correction: the unadapted base, or (with another layer and `onto`) the logit lens."""
+        """The bare base, or (with another layer and `onto`) the logit lens (:cite:`nostalgebraist2020logit`)."""
         layer, h, m = base.num_layers if layer is None else layer, base.hidden_size, base.vocab_size
         maps = (torch.zeros(shape, device=base.device) for shape in ((h, 0), (0, m), (m,)))
         return cls("identity", layer, *maps, base.name, base.head_hash, onto=onto)

@@ -75,7 +75,7 @@ class Bridge:
 
     The prompt's tokens are given, for either model. With `heal`, where it may end inside a token, each takes back its
     last `heal` ones: the expert's continuation must begin with the bytes it lost, and the place moves back as many base
-    tokens (covers, as in arXiv 2410.09303 and 2506.14123).
+    tokens (covers, :cite:`phan2024exact,hayase2025sampling`).
     """
 
     expert: LanguageModel  #: Its tokenizer, and its passes where distributions are not given

@@ -50,7 +50,7 @@ class Exchange:
         return replace(self, down=down, up=up, bias=torch.zeros_like(self.bias), values=None)
 
     def to_peft(self: Adapter, folder: str | Path, base: LanguageModel | None = None) -> Path:
-        """Write the same map as a LoRA of the base's head, in the format of `peft`; the base is loaded unless given.
+        """Write the same map as a LoRA (:cite:`hu2021lora`) of the base's head; the base is loaded unless given.
 
         Any adapter that is affine in the final state has one. Its intercept becomes `lora_bias`, with which `peft`
         merges only where the head has a bias, and which it drops from `add_weighted_adapter`; vLLM refuses it. For

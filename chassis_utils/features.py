@@ -19,9 +19,9 @@ class Features:
     """Values found at places of a model, side by side, then random features of them; nothing of it is stored.
 
     `places` are layers and `block b` (the inputs of every linear map of that block: its normed states, what its
-    attention gathered, its MLP's inner values; the base computes them anyway). Random features (Rahimi and Recht 2007)
-    are `relu(z R + u)` or `cos(z R + u)`, z being the places' values, each place scaled to unit mean square, R and u
-    drawn anew from the seed.
+    attention gathered, its MLP's inner values; the base computes them anyway). Random features are `relu(z R + u)`
+    (:cite:`cho2009kernel`) or `cos(z R + u)` (:cite:`rahimi2007random`), z being the places' values, each place scaled
+    to unit mean square, R and u drawn anew from the seed.
     """
 
     places: tuple[Place, ...]

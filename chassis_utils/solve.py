@@ -163,9 +163,9 @@ def low_rank(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Factors of `weight (p, k) @ basis (k, q)` whose first r columns are its best rank-r approximation, for every r.
 
-    Without a metric that is the SVD. With the covariance `C (p, p)` of x it is reduced-rank regression: the
-    SVD of `C^(1/2) weight`, whose discarded singular values are exactly the lost error (Izenman 1975; the same
-    as SVD-LLM and QERA). With weights `D (q,)` of the columns it is that of `C^(1/2) weight basis D^(1/2)`. Only
+    Without a metric that is the SVD. With the covariance `C (p, p)` of x it is reduced-rank regression: the SVD of
+    `C^(1/2) weight`, and the squares it discards are the error that a cut adds, were the intercept made anew
+    (:cite:`izenman1975reduced`). With weights `D (q,)` of the columns it is `C^(1/2) weight basis D^(1/2)`. Only
     matrices of the sizes of p and k are decomposed, never q x q; no basis is the unit matrix. Returns `down (p, m)`,
     `up (m, q)`, singular values `(m,)`, m = min(p, k), largest first; float64, but `up` float32 behind a basis.
     """
@@ -202,10 +202,10 @@ def kl_fit(
     """From no change towards the affine map of least KL that is not far from none.
 
     Logits are `cap(own + (x W + b) basis)`. What is minimised over `W (p, k)` and `b (k,)` is the mean KL plus half of
-    `lam` times the squared size of the change, each column of x at unit mean square and the output measured in the
+    `lam` times the squared size of both, each column of x at unit mean square and the output measured in the
     KL's own curvature `F = mean basis (diag(p) - p p') basis'`, p the target, floored at 1e-4 of its largest value. In
-    the coordinates `(C + lam I)^(1/2) . F^(1/2)` the curvature is near the unit matrix (the Kronecker factors of
-    Martens and Grosse 2015), so that L-BFGS takes few passes over the rows. The objective is strongly convex without a
+    the coordinates `(C + lam I)^(1/2) . F^(1/2)` the curvature is near the unit matrix (:cite:`martens2015optimizing`),
+    so that L-BFGS (:cite:`liu1989limited`) takes few passes over the rows. The objective is strongly convex without a
     cap: it is nowhere lower by more than the gradient's squared norm in these coordinates over `2 lam / (lam + max C)`.
 
     `x` is `(n, p)`, `basis (k, q)`; `given` takes a slice of the rows to their `own` logits and target probabilities,

@@ -43,16 +43,16 @@ PRESETS: dict[str, tuple[str, dict]] = {
         | {"num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 2048},
     ),
     "Llama 2 7B": (
-        "Touvron et al. 2023, and config.json of meta-llama/Llama-2-7b-hf",
+        "config.json of meta-llama/Llama-2-7b-hf",
         _LLAMA | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
         | {"num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096},
     ),
     "Llama 3 70B": (
-        "Grattafiori et al. 2024, table 3, and config.json of meta-llama/Meta-Llama-3-70B",
+        "config.json of meta-llama/Meta-Llama-3-70B",
         _LLAMA | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
         | {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192},
     ),
-    "Kimi K2 1T": ("Kimi Team 2025, model summary, and config.json of moonshotai/Kimi-K2-Base", _MIXTURE),
+    "Kimi K2 1T": ("config.json of moonshotai/Kimi-K2-Base", _MIXTURE),
 }  # fmt: skip
 
 

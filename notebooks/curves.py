@@ -78,7 +78,7 @@ def laws(tokens: Sequence[float], kls: torch.Tensor) -> Law:
 
 
 def drawn(sums: torch.Tensor, rows: torch.Tensor, draws: int = 1000, seed: int = 0) -> torch.Tensor:
-    """Bootstrap of mean KL by size, `(draws, sizes)`: held-out prompts and subsets of the training text drawn anew.
+    """Bootstrap (:cite:`efron1979bootstrap`) of mean KL by size, `(draws, sizes)`: prompts and subsets drawn anew.
 
     `sums (sizes, subsets, prompts)` are sums of KL over a prompt's rows, of which it has `rows (prompts,)`. One draw
     takes the same prompts at every size, as these were judged by the same ones; subsets each size for itself.

@@ -80,7 +80,8 @@ def _descent(a: Activations, layer: int, lam: float, after: Adapter | None = Non
     """A step down the final KL as a map of one layer's state, to be put in place by `LanguageModel.edited`.
 
     The target is minus the gradient of the KL at the end with respect to the state here, `after` being in place there
-    (boosting by functional gradients, Friedman 2001); the change is on average `step` times as long as the state.
+    (boosting by functional gradients, :cite:`friedman2001greedy`); the change is on average `step` times as long as
+    the state.
     """
     x = a.layer(layer).double()
     gram = Gram.of(x, -gradient(a, layer, after))

@@ -297,7 +297,7 @@ def _windows(stream: torch.Tensor, plan: Plan) -> Iterator[torch.Tensor]:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) in float32, equal shapes orthogonalised as one batch.
+    """Muon (:cite:`jordan2024muon`) in float32, equal shapes orthogonalised as one batch.
 
     `torch.optim.Muon` computes in bfloat16, which processors without it emulate at a twentieth of the speed.
     """
@@ -319,7 +319,7 @@ class Muon(torch.optim.Optimizer):
                     momentum.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(momentum, group["momentum"]))
                 for p, update in zip(same, _orthogonalise(torch.stack(updates)), strict=True):
-                    # 0.2 sqrt(max(shape)) gives the update the size AdamW's has (Liu et al. 2025).
+                    # 0.2 sqrt(max(shape)) gives the update the size AdamW's has (:cite:`liu2025muon`).
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
@@ -336,7 +336,7 @@ def _orthogonalise(x: torch.Tensor) -> torch.Tensor:
 
 
 def _optimizers(model: PreTrainedModel, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon on the layers' matrices, AdamW on everything else (Jordan et al. 2024; Liu et al. 2025)."""
+    """Muon on the layers' matrices, AdamW (:cite:`loshchilov2017decoupled`) on everything else."""
     head = {id(model.get_output_embeddings().weight), id(model.get_input_embeddings().weight)}
     matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in head]
     others = [p for p in model.parameters() if p.ndim != 2 or id(p) in head]

@@ -235,7 +235,9 @@ def distances(router: Router, documents: Sequence[Document], every: int = 8) -> 
 
 
 def beliefs(far: torch.Tensor, heat: float, switch: float) -> torch.Tensor:
-    """Whose each block is, told by those before it: the forward filter of a hidden Markov chain (Rabiner 1989).
+    """Whose each block is, told by those before it: the forward filter of a hidden Markov chain.
+
+    Source: :cite:`rabiner1989tutorial`.
 
     Args:
         far: `distances`.

@@ -59,9 +59,10 @@ def refine(
     Args:
         a: the training rows; all logits of them are held in memory.
         start: where to begin: an adapter of logits at the final layer.
-        how: `adam` (as the study did: KL by Adam on U, log S, V, d, batches of 32; a step is an epoch), `bohning`
-            (majorise and minimise: a ridge solve on one Cholesky factor, the KL never rises), `accelerated` (the same
-            with Nesterov's momentum, thrown away whenever the KL would rise) `lbfgs` (towards the optimum of all
+        how: `adam` (as the study did: KL by Adam, :cite:`kingma2014adam`, on U, log S, V, d, batches of 32; a step is
+            an epoch), `bohning` (majorise and minimise: a ridge solve on one Cholesky factor, the KL never rises),
+            `accelerated` (the same with Nesterov's momentum, :cite:`nesterov1983method`, thrown away whenever the KL
+            would rise, :cite:`odonoghue2015adaptive`), `lbfgs` (:cite:`liu1989limited`, towards the optimum of all
             linear maps of what the adapter reads), `span` (the same among maps through the heads of base and expert,
             the family of the closed form) or `near` (in that family, the least KL plus `rate / 2` times the squared
             distance from the start; see `kl_fit`).
@@ -118,7 +119,7 @@ def _from_dense(start: Adapter, whole: torch.Tensor) -> Adapter:
 
 
 def _bohning(rows: _Rows, start: Adapter, steps: int, rate: float, momentum: bool = False) -> Iterator[Adapter]:
-    """`W += 2 (X'X)^-1 X'(P - softmax(base + XW))`, as `diag(p) - pp' <= I/2` (Böhning 1992)."""
+    """`W += 2 (X'X)^-1 X'(P - softmax(base + XW))`, as `diag(p) - pp' <= I/2` (:cite:`bohning1992multinomial`)."""
     x = rows.with_one
     second = x.double().T @ x.double()
     # Only against a singular matrix; the bound holds for anything larger too.

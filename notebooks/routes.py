@@ -20,8 +20,9 @@ LENGTHS = (4, 8, 16, 32, 64, 128)  # tokens of the windows fitted on; each has a
 class Router:
     """Linear discriminants of a prompt's mean final state, and limits beyond which it is like nothing known.
 
-    Classes share one covariance, with a ridge of each state's own variance (Friedman 1989). What is farther than
-    `slack * limit` from every mean (squared Mahalanobis distance, Lee et al. 2018) is left to the bare base.
+    Classes share one covariance, with a ridge of each state's own variance (:cite:`friedman1989regularized`). What
+    is farther than `slack * limit` from every mean (squared Mahalanobis distance, :cite:`lee2018simple`) is left to the
+    bare base.
     """
 
     base: LanguageModel = field(repr=False)  #: Read without edits

@@ -42,7 +42,7 @@ def _at_meetings(a: Activations, said: Callable[[torch.Tensor, torch.Tensor], to
 
 
 def hidden_to_hidden(train: Activations, lam: float = 1e-4) -> Answer:
-    """The expert's state, by ridge, as a state of the base, which the base's head reads (arXiv 2603.18908).
+    """The expert's state, by ridge, as one of the base, which its head reads (:cite:`gorbett2026characterizing`).
 
     Ridge to the base's *logits* is the same map: they are a linear map of the states that ridge aims at.
     """

@@ -299,7 +299,7 @@ def lora(
     The scale is 1 (`lora_alpha = rank`): with Adam it does little that the step size does not do.
     `macs` are of the adapter kept apart, as where several share a base; merged into the weights they are the base's.
 
-    Source: Hu et al. 2021; distillation in place of labels, as for everyone here.
+    Source: :cite:`hu2021lora`; distillation in place of labels, as for everyone here.
 
     Returns:
         One row a point of the course: `method, rank, lr, parameters, macs` (multiply-adds a token), `step, tokens`
@@ -402,7 +402,7 @@ def tuned_lens(
     the end of the budget, where that comes first) of 2^18 tokens, or of all the text where that is less. With `adam`
     or `muon` (the matrix by Muon, the bias by Adam): small batches, warm-up, cosine decay, and steps until the end.
 
-    Source: Belrose et al. 2023 (arXiv 2303.08112) and the training scripts published with it.
+    Source: :cite:`belrose2023eliciting` and the training scripts published with it.
 
     Args:
         contest: models, text and budget.
@@ -498,10 +498,10 @@ def weight_svd(
 ) -> pd.DataFrame:
     """The best approximation of every weight's difference, expert minus base, at each rank.
 
-    By itself it is what mergekit's `extract-lora` takes, and no text is read: truncated SVD of each matrix, with
-    `embeddings` of embedding and head too, and vectors (norms, biases) whole. With `data` the cut is the best for what
+    By itself it is what mergekit extracts (:cite:`goddard2024mergekit`), and no text is read: truncated SVD of each
+    matrix, with `embeddings` of embedding and head too, and vectors whole. With `data` the cut is the best for what
     each matrix makes of its inputs in the expert on the prompts: reduced rank in the metric of their second moments, as
-    in SVD-LLM (Wang et al. 2024) and QERA (Zhang et al. 2024). `macs` as for `lora`: of the factors kept apart.
+    in SVD-LLM (:cite:`wang2024svdllm`) and QERA (:cite:`zhang2024qera`). `macs` as for `lora`: of factors kept apart.
 
     Returns:
         One row a rank, columns as `lora` has them; `seconds` are of passes and decompositions, which all ranks share.
@@ -624,7 +624,7 @@ def proxy(contest: Contest, small: LanguageModel | None = None, anti: LanguageMo
     expert's own pass, and says nothing but that price. `parameters` are the weights of the models that must be there
     beside the base, `macs` those of every different model that runs: three, two where the anti-expert is the base.
 
-    Source: Liu et al. 2024 (arXiv 2401.08565).
+    Source: :cite:`liu2024tuning`.
 
     Returns:
         One row, columns as `lora` has them; no step and no seconds are spent.

@@ -15,6 +15,7 @@ import yaml
 from test_project import ROOT
 
 BOOK = ROOT / "book"
+ROOMS = ("chassis_utils", "notebooks", "benchmarks")
 PATHS = os.environ | {"PYTHONPATH": str(ROOT / "notebooks")}
 PARTS = yaml.safe_load((ROOT / "_toc.yml").read_text())["parts"]
 FILES = [
@@ -60,7 +61,7 @@ def test_a_part_opens_with_a_page_that_leads_to_its_chapters(part: dict) -> None
     assert text.startswith(f"# Part {part['caption'].split('.')[0]}. ")
     assert re.findall(r"\| \[\d+\]\(\.\./run/pocket/(\w+)\)", text) == [file.rsplit("/", 1)[1] for file in others]
     # Figures come from records.
-    plain = re.sub(r"\{glue:text\}`[^`]*`|\([^)\s]*\)|\[\d+\]|[Cc]hapters? \d+( to \d+)?|v2", "", text)
+    plain = re.sub(r"\{(?:glue:text|cite)\}`[^`]*`|\([^)\s]*\)|\[\d+\]|[Cc]hapters? \d+( to \d+)?|v2", "", text)
     assert not re.search(r"\d", plain), re.findall(r".*\d.*", plain)
 
 
@@ -81,6 +82,12 @@ def test_every_source_is_cited_and_every_citation_has_a_source() -> None:
         key for text in texts().values() for keys in re.findall(r"\{cite\}`([^`]+)`", text) for key in keys.split(",")
     ]
     assert len(sources) == len(set(sources)) and set(sources) == set(cited)
+    # Code names its sources by the same keys, and no other way.
+    code = {path: path.read_text() for room in ROOMS for path in (ROOT / room).glob("*.py")}
+    keys = [key for text in code.values() for keys in re.findall(r":cite:`([^`]+)`", text) for key in keys.split(",")]
+    assert len(keys) > 20 and set(keys) <= set(sources)
+    named = re.compile(r"\b[A-Z]\w+(?:,? and [A-Z]\w+|,? et al\.)?,? \(?(?:19|20)\d\d\b|arXiv:? ?\d")
+    assert not {path.name: found for path, text in code.items() if (found := named.findall(text))}
 
 
 def test_what_is_proved_is_proved_once_and_used() -> None:

@@ -78,13 +78,14 @@ def test_examples_print_what_their_page_shows(page: Path, printed: dict[str, lis
 
 
 def test_pages_are_built_without_a_warning_and_name_no_type_that_leads_nowhere(tmp_path: Path) -> None:
-    for name in ("_config.yml", "book/references.bib", "notebooks/bookpages.py", "notebooks/stills.py"):
+    files = ("_config.yml", "book/references.bib", "book/sources.md", "notebooks/bookpages.py", "notebooks/stills.py")
+    for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "book" / "assets", tmp_path / "book" / "assets")
     shutil.copytree(ROOT / "book" / "api", tmp_path / "book" / "api")
     (tmp_path / "book" / "v2.md").write_text("# The mathematics of v2\n")
-    chapters = ["book/v2", *(f"book/api/{page.stem}" for page in PAGES if page.stem != "index")]
+    chapters = ["book/v2", "book/sources", *(f"book/api/{page.stem}" for page in PAGES if page.stem != "index")]
     lines = ["format: jb-book", "root: book/api/index", "chapters:", *(f"  - file: {one}" for one in chapters)]
     (tmp_path / "_toc.yml").write_text("\n".join(lines) + "\n")
     build = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(tmp_path)]
@@ -99,3 +100,5 @@ def test_pages_are_built_without_a_warning_and_name_no_type_that_leads_nowhere(t
         assert "~chassis_utils" not in text and "<factory>" not in text
     port = (tmp_path / "_build" / "html" / "book" / "api" / "port.html").read_text(encoding="utf-8")
     assert 'href="adapters.html#chassis_utils.Adapter"' in port, "a class named in a signature is linked"
+    bridges = (tmp_path / "_build" / "html" / "book" / "api" / "bridges.html").read_text(encoding="utf-8")
+    assert 'href="../sources.html#' in bridges, "a source named in a docstring is linked"
