@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -15,7 +16,8 @@ from chassis_utils.solve import Gram, scaled_ridge
 
 DIGITS, OPERATORS = "0123456789", "+-*/=<>"  # these and words as these: the study's whole list is not recorded
 REASONING = "Therefore therefore Thus thus Hence hence Proof proof Step step So so Because because Since since".split()
-STRENGTHS = {"synthetic": 1.0, "bias": 4.0, "safety": 12.0, "style": 1.0}  # unless told: the study's, where it has one
+# Unless told: the study's, where it has one.
+STRENGTHS = {"synthetic": 1.0, "bias": 4.0, "safety": 12.0, "style": 1.0}
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,12 @@ def load_expert(spec: str, base: LanguageModel, seed: int = 0) -> LanguageModel 
     """
     kind, _, strength = spec.partition(":")
     if kind not in STRENGTHS:
-        return load(spec, device=str(base.device))
+        try:
+            return load(spec, device=str(base.device))
+        except ChassisError as error:
+            if strength and not Path(spec).exists():  # no hub id holds a colon
+                raise ChassisError(f"no expert '{kind}' has a strength: {', '.join(STRENGTHS)} have one") from error
+            raise
     try:
         value = float(strength or STRENGTHS[kind])
     except ValueError:

@@ -269,7 +269,10 @@ def judge(records: str | Path | pd.DataFrame, experiment: str) -> Verdict:
     """
     if experiment not in RULES:
         nearest = ", ".join(get_close_matches(experiment, RULES, 3, 0))
-        raise ChassisError(f"no rule decides '{experiment}': there are rules for {nearest} and {len(RULES) - 3} others")
+        raise ChassisError(
+            f"no rule decides '{experiment}': there are rules for {nearest} and {len(RULES) - 3} others; "
+            "a new one is told in experiments.json and decided in verdicts.py, under the same name"
+        )
     frame = records if isinstance(records, pd.DataFrame) else read_records(records)
     claim, text = (EXPERIMENTS[experiment][part] for part in ("claim", "rule"))
     evidence = _Rules(frame[frame["experiment"] == experiment])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from conftest import make, refused
@@ -14,6 +15,12 @@ from chassis_utils import LanguageModel, Probes, evaluate, fit, gather, harvest,
 from chassis_utils.features import Features
 from chassis_utils.models import tensor_hash
 from plugs import STRENGTHS, BiasExpert, load_expert, log_ratio, personal_gate, tokens_of
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+CODE = {
+    page.stem: [cell.source for cell in nbformat.read(page, 4).cells if cell.cell_type == "code"]
+    for page in sorted(NOTEBOOKS.glob("*.ipynb"))
+}
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +156,19 @@ def test_a_gate_is_fitted_to_the_bare_base(pocket: LanguageModel, prompts: Probe
 def test_a_strength_that_is_no_positive_number_is_refused(base: LanguageModel, kind: str, strength: str) -> None:
     with refused(f"'{kind}:{strength}'", "positive strength"):
         load_expert(f"{kind}:{strength}", base)
+
+
+def test_a_misspelt_kind_with_a_strength_is_refused_with_the_kinds_there_are(pocket: LanguageModel) -> None:
+    with refused("'syntetic'", *STRENGTHS):
+        load_expert("syntetic:8", pocket)
+
+
+@pytest.mark.parametrize("page", [page for page, code in CODE.items() if "\nexpert = " in code[0]])
+def test_a_page_takes_the_expert_that_it_is_given(page: str, tmp_path: Path) -> None:
+    parameters, *first = CODE[page][:3]
+    given = f"expert, device, out_dir = 'nowhere', 'cpu', {str(tmp_path)!r}"
+    with refused("no model or folder 'nowhere'"):
+        exec("\n".join([parameters, given, *first]), {})
 
 
 def test_biases_and_gates_of_another_shape_are_refused(base: LanguageModel) -> None:
