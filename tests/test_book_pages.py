@@ -157,7 +157,7 @@ def test_a_still_leaves_out_what_a_menu_hides_and_none_is_made_of_what_it_cannot
 
     assert points({}) == 4
     assert points({"visible": False}) == points({"visible": "legendonly"}) == points({"yaxis": "y2"}) == 2
-    assert still({"data": [{"type": "sankey"}]}, "flow") == still({"data": []}, "none") == ""
+    assert still({"data": [{"type": "pie"}]}, "shares") == still({"data": []}, "none") == ""
     assert "<b>" not in still({"data": [{"type": "scatter", "x": [1], "y": [1], "name": "<b>&"}]}, "one")
 
 
