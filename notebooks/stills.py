@@ -19,8 +19,10 @@ THICK = 10  # pixels, of a node
 
 
 def _text(x: float, y: float, words: Any, anchor: str = "start", colour: str = INK) -> str:
-    plain = html.escape(html.unescape(re.sub(r"<[^>]*>", " ", str("" if words is None else words))))
-    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}">{plain}</text>'
+    written = str("" if words is None else words)
+    plain = html.escape(html.unescape(re.sub(r"<[^>]*>", " ", written)))
+    bold = ' font-weight="bold"' if written.startswith("<b>") else ""
+    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}"{bold}>{plain}</text>'
 
 
 class _Axis:
@@ -75,9 +77,9 @@ def _charted(traces: list[dict[str, Any]], layout: dict[str, Any], top: float) -
     flat = [one for one in traces if one["type"] == "bar"]
     colours = [one.get("line", {}).get("color") or one.get("marker", {}).get("color") for one in traces]
     colours = [colour if isinstance(colour, str) else INK for colour in colours]
-    named = zip(traces, colours, strict=True)
-    named = dict.fromkeys((one.get("name"), c) for one, c in named if one.get("showlegend", True))
-    parts = [_text(8, top + 16 * i, f"■ {name}", colour=c) for i, (name, c) in enumerate(named) if name]
+    named = [(one["name"], colour) for one, colour in zip(traces, colours, strict=True) if one.get("name")]
+    named = dict.fromkeys(named)
+    parts = [_text(8, top + 16 * i, f"■ {name}", colour=colour) for i, (name, colour) in enumerate(named)]
     top += 16 * len(named) + 16
     values = {side: [v for one in traces for v in one[side] if v is not None] for side in "xy"}
     stacked = layout.get("barmode") == "stack"
