@@ -56,7 +56,9 @@
     const called = layout.meta?.columns ?? {};
     const [across, up] = ["x", "y"].map((side) => (side in called ? called[side] : titled(trace, layout, side)));
     const kept = (...pairs) => Object.fromEntries(pairs.filter(([name]) => name));
-    const own = { trace: trace.name ?? "", choices: [trace.meta ?? []].flat().filter((mark) => mark !== null).join("; ") };
+    // A mark that begins with a comma is a piece of what hovering tells.
+    const marks = [trace.meta ?? []].flat().filter((mark) => mark !== null && !/^(,|$)/.test(mark));
+    const own = { trace: trace.name ?? "", choices: marks.join("; ") };
     const names = called.hover?.map((name, at) => [name, at]) ?? told(trace, layout);
     const more = (cell) => Object.fromEntries(names.map(([name, at]) => [name, [cell ?? []].flat()[at]]));
     if (trace.type === "sankey") {
@@ -70,7 +72,8 @@
     if (z) {
       const shown = "z" in called ? called.z : "value";
       const cell = (value, i, j) => ({ ...each(i, j), ...kept([shown, value]), ...more(customdata[i]?.[j]) });
-      return list(z).flatMap((line, i) => list(line).map((value, j) => cell(value, i, j)));
+      const known = (value, i, j) => (value === null ? [] : [cell(value, i, j)]);
+      return list(z).flatMap((line, i) => list(line).flatMap((value, j) => known(value, i, j)));
     }
     const point = (i) => ({ ...each(i, i), ...kept([called.text, text?.[i]]), ...more(customdata[i]) });
     return [...(y.length ? y : x).keys()].filter((i) => x[i] !== null && y[i] !== null).map(point);
