@@ -16,13 +16,20 @@ INK = "#767676"  # readable on white and on black
 DASHES = {"dash": "8 5", "dot": "2 4", "dashdot": "8 4 2 4", "longdash": "12 5"}
 LETTER = 6.3  # pixels, in the mean
 THICK = 10  # pixels, of a node
+#: Around words that stand on bands of any colour, on a page of either theme.
+RIM = ' stroke="#FFFFFF" stroke-width="3" paint-order="stroke"'
 
 
-def _text(x: float, y: float, words: Any, anchor: str = "start", colour: str = INK) -> str:
+def _text(x: float, y: float, words: Any, anchor: str = "start", colour: str = INK, more: str = "") -> str:
     written = str("" if words is None else words)
     plain = html.escape(html.unescape(re.sub(r"<[^>]*>", " ", written)))
     bold = ' font-weight="bold"' if written.startswith("<b>") else ""
-    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}"{bold}>{plain}</text>'
+    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}"{bold}{more}>{plain}</text>'
+
+
+def _name(value: Any) -> str:
+    """What an axis of categories calls a value, which may be a number."""
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 class _Axis:
@@ -30,7 +37,8 @@ class _Axis:
 
     def __init__(self, values: list[Any], told: dict[str, Any], start: float, end: float) -> None:
         self.start, self.end, self.log = start, end, told.get("type") == "log"
-        self.names = [*dict.fromkeys(value for value in values if isinstance(value, str))]
+        listed = told.get("type") == "category"
+        self.names = [*dict.fromkeys(_name(value) for value in values if listed or isinstance(value, str))]
         placed = [p for p in map(self._plain, values) if p is not None] or [0.0, 1.0]
         pad = 0.5 if self.names else 0.05 * (max(placed) - min(placed)) or 0.5
         ends = told.get("range") or (min(placed) - pad, max(placed) + pad)
@@ -42,8 +50,8 @@ class _Axis:
 
     def _plain(self, value: Any) -> float | None:
         """A number on the axis before it is scaled; None for one that has no place there."""
-        if isinstance(value, str):
-            return float(self.names.index(value))
+        if self.names:
+            return float(self.names.index(_name(value)))
         return (math.log10(value) if value > 0 else None) if self.log else float(value)
 
     def __call__(self, value: Any) -> float:
@@ -126,7 +134,8 @@ def _mapped(trace: dict[str, Any], layout: dict[str, Any], top: float) -> tuple[
     parts = [
         _text(8, top - 24, " / ".join(filter(None, (y.get("title", {}).get("text"), x.get("title", {}).get("text")))))
     ]
-    parts += [_text(left + (j + 0.5) * wide, top - 6, word, "middle") for j, word in enumerate(across)]
+    size = f' font-size="{12 * min(1.0, wide / (LETTER * max(map(len, across)) + 4)):.1f}"'
+    parts += [_text(left + (j + 0.5) * wide, top - 6, word, "middle", more=size) for j, word in enumerate(across)]
     for place, i in enumerate(order):
         parts.append(_text(left - 6, top + high * place + 15, down[i], "end"))
         for j, value in enumerate(rows[i]):
@@ -138,8 +147,10 @@ def _mapped(trace: dict[str, Any], layout: dict[str, Any], top: float) -> tuple[
                 parts.append(_text(left + (j + 0.5) * wide, top + high * place + 15, words, "middle", ink))
     end = top + high * len(rows)
     bar = layout.get("coloraxis", {}).get("colorbar", {}).get("title", {}).get("text")
-    words = f"pale to full: {low:.2g} to {most:.2g}{f', {bar}' if bar else ''}"
-    return [*parts, _text(left, end + 18, words)], end + 30
+    for k, (share, fill) in enumerate(scale["colorscale"]):
+        at = f'x="{left + 60 * k:.0f}" y="{end + 10}" width="12" height="12" fill="{fill}" stroke="{INK}"'
+        parts += [f"<rect {at}/>", _text(left + 60 * k + 18, end + 20, f"{low + share * (most - low):.2g}")]
+    return [*parts, _text(left + 60 * len(scale["colorscale"]), end + 20, bar)], end + 34
 
 
 def _flowing(trace: dict[str, Any], top: float) -> tuple[list[str], float]:
@@ -163,8 +174,8 @@ def _flowing(trace: dict[str, Any], top: float) -> tuple[list[str], float]:
             place[n] = [x, y, y]
             words.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{THICK}" height="{tall:.1f}" fill="{INK}"/>')
             last = k == len(columns) - 1
-            words.append(_text(*((x - 4, y + tall / 2 + 4) if last else (x + THICK + 4, y + tall / 2 + 4)), labels[n],
-                               "end" if last else "start"))  # fmt: skip
+            at, anchor = (x - 4, "end") if last else (x + THICK + 4, "start")
+            words.append(_text(at, y + tall / 2 + 4, labels[n], anchor, "#1F2328", RIM))
             y += tall + pad
     for a, b, value, colour in links:
         thick = max(0.5, scale * value)
