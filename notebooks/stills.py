@@ -8,12 +8,15 @@ from __future__ import annotations
 import html
 import math
 import re
+from array import array
+from base64 import b64decode
 from collections.abc import Sequence
 from typing import Any
 
 WIDTH, HEIGHT, RIGHT, BASE = 480, 300, 16, 44  # pixels; on a telephone not much smaller
 INK = "#767676"  # readable on white and on black
 DASHES = {"dash": "8 5", "dot": "2 4", "dashdot": "8 4 2 4", "longdash": "12 5"}
+BYTES = {"f8": "d", "f4": "f", "i4": "i", "i2": "h", "i1": "b", "u1": "B"}
 LETTER = 6.3  # pixels, in the mean
 THICK = 10  # pixels, of a node
 #: Around words that stand on bands of any colour, on a page of either theme.
@@ -25,6 +28,14 @@ def _text(x: float, y: float, words: Any, anchor: str = "start", colour: str = I
     plain = html.escape(html.unescape(re.sub(r"<[^>]*>", " ", written)))
     bold = ' font-weight="bold"' if written.startswith("<b>") else ""
     return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}"{bold}{more}>{plain}</text>'
+
+
+def _list(values: Any) -> Any:
+    """The numbers of a trace as a list, which plotly writes as bytes where they came as an array."""
+    if not isinstance(values, dict):
+        return values
+    told = array(BYTES[values["dtype"]], b64decode(values["bdata"]))
+    return [None if value != value else value for value in told]
 
 
 def _name(value: Any) -> str:
@@ -192,6 +203,7 @@ def still(figure: dict[str, Any], label: str) -> str:
     layout, traces = figure.get("layout", {}), figure.get("data", [])
     traces = [one for one in traces if one.get("visible", True) is True]
     traces = [one for one in traces if (one.get("xaxis", "x"), one.get("yaxis", "y")) == ("x", "y")]
+    traces = [one | {side: _list(one[side]) for side in "xy" if side in one} for one in traces]
     kinds = {"bar" if one.get("orientation") == "h" else "upright" if one.get("type") == "bar" else one.get("type")
              for one in traces}  # fmt: skip
     lines = re.split(r"<br\s*/?>", str(layout.get("title", {}).get("text") or ""))

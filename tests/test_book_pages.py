@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import papermill
 import plotly.graph_objects as go
 import pytest
@@ -174,6 +175,13 @@ def test_a_still_of_a_map_has_its_cells_in_the_places_and_colours_of_the_figure(
         places = {words: (float(x), float(y)) for x, y, _, words in found}
         (x, y), (right, same), (below, other) = (places[words] for words in ("0%", "100%", "50%"))
         assert right > x == below and same == y and (other < y) == (first == "high")
+
+
+def test_a_still_reads_numbers_that_came_as_arrays() -> None:
+    figure = go.Figure(go.Scatter(x=np.array([1, 2, 4]), y=np.array([0.3, np.nan, 0.1]), mode="markers"))
+    told = json.loads(figure.to_json())
+    assert "bdata" in told["data"][0]["x"]
+    assert still(told, "two").count("<circle") == 2
 
 
 def test_stacked_bars_of_a_still_begin_where_those_before_end() -> None:
