@@ -447,9 +447,10 @@ def over_weights(table: pd.DataFrame, sides: Sequence[str], quantity: str = "KL 
     )
     axis = {"title_text": f"weight of {sides[0]}; {sides[1]} has the rest", "range": [-0.03, 1.03]}
     caption = (
-        "At either end one plug works alone. Follow a colour inwards from the end of its own plug: what it loses "
-        "on the way, if anything, is the price of the other's share. See whether solid lies as far above dotted, the experts "
-        "themselves, in the middle as at the ends, and where it still lies below the dashed line, the bare base."
+        "At either end one plug works alone. Follow a colour inwards from the end of its own plug: what it loses on "
+        "the way, if anything, is the price of the other's share. See whether solid lies as far above dotted, the "
+        "experts themselves, in the middle as at the ends, and where it still lies below the dashed line, the bare "
+        "base."
     )
     return lines([*map(float, alphas)], looks, quantities, "Two plugs, mixed", f"{alt}.", caption, quantity, **axis)
 
