@@ -32,23 +32,25 @@ NO_PROSE = (nodes.title, nodes.reference, nodes.literal, nodes.literal_block, no
 def figure_html(figure: dict[str, Any]) -> str:
     """A plotly figure (its JSON) as a piece of a page: named, drawn once the script is there.
 
-    Its name is `layout.meta.alt` where there is one, else the title. To a screen reader it is a figure, no image, as
-    it holds menus and buttons.
+    Its name is `layout.meta.alt` where there is one, else the title; below it stands `layout.meta.caption`, in which
+    backticks mark what a menu or a legend says. To a screen reader it is a figure, no image, as it holds menus and
+    buttons.
     """
     layout = figure.get("layout", {})
-    meta, title = layout.get("meta"), layout.get("title")
-    name = (meta.get("alt") if isinstance(meta, dict) else "") or (title.get("text") if isinstance(title, dict) else "")
+    meta, title = (told if isinstance(told, dict) else {} for told in (layout.get("meta"), layout.get("title")))
+    name, caption = meta.get("alt") or title.get("text"), html.escape(meta.get("caption", ""))
+    caption = re.sub(r"`([^`]+)`", r"<code>\1</code>", caption)
     label = html.escape(" ".join(re.sub(r"<[^>]*>", " ", name or "Interactive figure").split()))
     height = layout.get("height") or layout.get("template", {}).get("layout", {}).get("height") or 440  # pixels
     parts = {"data": figure.get("data", []), "layout": layout, "frames": figure.get("frames", [])}
     # With no "<" in the script element, no string of the figure can close it.
     payload = json.dumps(parts).replace("<", "\\u003c")
     return (
-        f'<div {MARK} style="min-height:{int(height)}px">'
+        f'<figure {MARK} style="min-height:{int(height)}px">'
         f'<div class="chassis-canvas" role="figure" aria-label="{label}"></div>'
         f'<script type="application/json">{payload}</script>'
         f"<noscript>{still(figure, label)}<p>{label} (It can be played with where there is JavaScript.)</p>"
-        "</noscript></div>"
+        f"</noscript>{f'<figcaption>{caption}</figcaption>' if caption else ''}</figure>"
     )
 
 

@@ -463,15 +463,15 @@ def _cuts(model: LanguageModel, text: str) -> list[frozenset[int]]:
 # ------------------------------------------------------------------------------------- figures
 
 
-def _shown(figure: go.Figure, title: str, alt: str, *controls: tuple, **layout: object) -> go.Figure:
-    """The figure with its title, a legend, and a dropdown for each of the controls."""
+def _shown(figure: go.Figure, title: str, alt: str, caption: str, *controls: tuple, **layout: object) -> go.Figure:
+    """The figure with its title, its caption, a legend, and a dropdown for each of the controls."""
     menus = _dropdowns(figure, 8, *controls)
-    return _finish(figure, title, alt, above=38 if menus else 0, updatemenus=menus, showlegend=True, **layout)
+    return _finish(figure, title, alt, caption, above=38 if menus else 0, updatemenus=menus, showlegend=True, **layout)
 
 
 def lines(
     frame: pd.DataFrame, x: str, quantities: dict[str, tuple[str, str]], looks: dict[str, tuple[str, ...]], title: str,
-    alt: str, by: str = "probes", **axis: object,
+    alt: str, caption: str, by: str = "probes", **axis: object,
 ) -> go.Figure:  # fmt: skip
     """Lines over column `x`, one a `method`, with a menu for column `by` and one for the quantity.
 
@@ -493,7 +493,9 @@ def lines(
         for column, (word, digits) in quantities.items()
     }  # fmt: skip
     controls = (entries[0], _owned(figure, 0, entries, "visible", True, False)), (next(iter(changes)), changes)
-    return _shown(figure, title, alt, *controls, xaxis={"title_text": x} | axis, yaxis_rangemode="tozero", height=470)
+    return _shown(
+        figure, title, alt, caption, *controls, xaxis={"title_text": x} | axis, yaxis_rangemode="tozero", height=470
+    )
 
 
 def summary(
@@ -512,8 +514,11 @@ def summary(
     return style.set_caption("KL in nats to the target named; share of its identity KL recovered, 95% over passages")
 
 
-def dumbbells(frame: pd.DataFrame, title: str, least: float = 1e-2) -> go.Figure:
-    """KL of the bare base and of an adapter for each row, columns `label, identity, kl`; below `least` drawn there."""
+def dumbbells(frame: pd.DataFrame, title: str, see: str, least: float = 1e-2) -> go.Figure:
+    """KL of the bare base and of an adapter for each row, columns `label, identity, kl`; below `least` drawn there.
+
+    `see` is what to look for, said below the figure before how to read it.
+    """
     figure, order, ends = go.Figure(), frame["label"].tolist(), frame[["identity", "kl"]].clip(lower=least)
     for label, *both in ends.assign(label=order)[["label", "identity", "kl"]].itertuples(index=False):
         figure.add_scatter(
@@ -530,7 +535,10 @@ def dumbbells(frame: pd.DataFrame, title: str, least: float = 1e-2) -> go.Figure
         )  # fmt: skip
     said = [f"{row.label}: {_figures(row.identity)} and {_figures(row.kl)}" for row in frame.itertuples()]
     return _shown(
-        figure, title, f"KL of the bare base and of the adapter. {'; '.join(said)}.", height=150 + 34 * len(order),
+        figure, title, f"KL of the bare base and of the adapter. {'; '.join(said)}.",
+        f"{see} Grey is the base without an adapter: an adapter to the left of it has come nearer to its target, one "
+        "to the right is worse than none. Where grey itself moves, the target is another.",
+        columns={"y": "row", "hover": ["KL"]}, height=150 + 34 * len(order),
         xaxis={"type": "log", "title_text": "KL (nats)"},
         yaxis={"autorange": "reversed", "categoryorder": "array", "categoryarray": order, "showgrid": False},
     )  # fmt: skip
@@ -547,7 +555,7 @@ def fates(frame: pd.DataFrame, colours: dict[str, str], title: str) -> go.Figure
         for fate, colour in colours.items():
             here = rows["fate"] == fate
             figure.add_bar(
-                x=_numbers(rows["p"].where(here, 0.0)), y=order, orientation="h", name=fate, meta=[labels[prompt]],
+                x=_numbers(rows["p"].where(here)), y=order, orientation="h", name=fate, meta=[labels[prompt]],
                 marker_color=COLOURS[colour], customdata=rows["note"].tolist(), legendgroup=fate,
                 text=rows["note"].where(here, "").tolist(), textposition="outside", cliponaxis=False, textfont_size=10,
                 hovertemplate="<b>%{y}</b>, probability %{x:.3f}<br>%{customdata}<extra></extra>",
@@ -560,7 +568,11 @@ def fates(frame: pd.DataFrame, colours: dict[str, str], title: str) -> go.Figure
     said = "; ".join(f"{fate}: {share:.0%}" for fate, share in of.items())
     return _shown(
         figure, title, f"The expert's likeliest tokens at {len(names)} prompts, by what becomes of their mass. {said}.",
-        (names[0], entries), barmode="overlay", height=520, margin_b=110,
+        "The longest bars count most: the colour tells what becomes of each of the expert's likeliest tokens, the "
+        "words beside it what the base has there. Go through the prompts: see whether one fate takes most of the mass "
+        "everywhere, or another at every prompt.",
+        (names[0], entries), columns={"y": "token", "hover": ["beside it"]},
+        barmode="overlay", height=520, margin_b=110,
         xaxis_title_text="probability the expert gives",
         yaxis={"autorange": "reversed", "showgrid": False, "type": "category"},
     )  # fmt: skip
@@ -588,6 +600,10 @@ def pairs_map(frame: pd.DataFrame, first: str = "C") -> go.Figure:
     return _shown(
         figure, "Between any two tokenizers",
         f"{names[first]} for every pair of tokenizers, from {worst:.0%} to {best:.0%}.",
-        (names[first], _owned(figure, 0, [*names.values()], "visible", True, False)), coloraxis=scale, margin_b=96,
+        "Down a column the expert stays, along a row the base. Look for pale cells, the pairs for which the stage "
+        "finds little; then go through the menu, and see whether pairs that share few tokens are also those that lose "
+        "most, and which stage makes up for it.",
+        (names[first], _owned(figure, 0, [*names.values()], "visible", True, False)),
+        columns={"z": "share"}, coloraxis=scale, margin_b=96,
         xaxis_title_text="expert", yaxis_title_text="base",
     )  # fmt: skip

@@ -171,8 +171,14 @@ def where(
         for name, one in zip(names, bills[first, n], strict=True)
     )
     axis = {"range": [0, 1.32], "tickvals": [0, 0.25, 0.5, 0.75, 1], "tickformat": ".0%", "title_text": "share of time"}
+    caption = (
+        "A bar is one fit, the time it takes stands behind it. Move the slider: see which stages grow with the text "
+        "and which cost the same for little text and for much, and which is the widest: only there is much time to be "
+        "saved."
+    )
     return _finish(
-        figure, "Where the time of a plug goes", f"{alt}.", above=38, updatemenus=menus, sliders=[slider], xaxis=axis,
+        figure, "Where the time of a plug goes", f"{alt}.", caption, above=38,
+        columns={"y": "model", "hover": ["time"]}, updatemenus=menus, sliders=[slider], xaxis=axis,
         yaxis={"autorange": "reversed", "showgrid": False},
     )  # fmt: skip
 
@@ -288,8 +294,13 @@ def curve_figure(curves: Mapping[str, Mapping[str, Any]], first: str = "") -> go
         f"{one['kl'][-1]:.3g} at {one['tokens'][-1]:,.0f}, and {one['floor'][0]:.3g} in the limit as the law has it; "
         f"twice as many are worth less than a hundredth of the bare base's KL from {one['enough'][0]:,.0f} on."
     )
+    caption = (
+        "See where the law goes flat, and the upright line from which on twice as many tokens bring too little. How "
+        "far to trust it shows in the dotted line, which knows the smaller sizes alone: see how near it passes to the "
+        "largest. Right of the last points nothing was measured."
+    )
     return _finish(
-        figure, "When to stop adding probes", alt, above=38, updatemenus=menus, yaxis_title_text="KL (nats)",
+        figure, "When to stop adding probes", alt, caption, above=38, updatemenus=menus, yaxis_title_text="KL (nats)",
         xaxis={"type": "log", "title_text": "tokens fitted", "range": [3, 9]},
     )  # fmt: skip
 
@@ -328,7 +339,12 @@ def crowd_figure(several: Mapping[str, Sequence[Mapping[str, float]]]) -> go.Fig
         f"{name}: {rows[-1]['speedup']:.3g} times with {rows[-1]['workers']}" for name, rows in several.items()
     )
     axes = {axis: {"type": "log", "title_text": text} for axis, text in (("xaxis", "workers"), ("yaxis", "times one"))}
-    return _finish(figure, "A fit on many workers, simulated", f"{alt}.", **axes)
+    caption = (
+        "Along the dashed line nothing would be lost. See where each line turns away from it: from there on more "
+        "workers bring less than they cost, and the larger the fit, the later that may be."
+    )
+    columns = {"hover": ["time"]}
+    return _finish(figure, "A fit on many workers, simulated", f"{alt}.", caption, columns=columns, **axes)
 
 
 # ------------------------------------------------------------------------------------------- records

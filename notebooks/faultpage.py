@@ -72,5 +72,10 @@ def moments(kills: Mapping[str, Mapping[str, Any]]) -> go.Figure:
         yaxis={"autorange": "reversed", "automargin": True},
         showlegend=False,
         height=340,
-        meta={"alt": "Each kill as a point on the time of an undisturbed run, one row a work, from start to end"},
+        meta={
+            "alt": "Each kill as a point on the time of an undisturbed run, one row a work, from start to end",
+            "caption": "Look for gaps: a row whose points leave none was struck at every stage of its work, beginning, "
+            "middle and end. What came of each kill is in the table.",
+            "columns": {"y": "work"},
+        },
     )

@@ -125,7 +125,13 @@ def tokens_figure(frame: pd.DataFrame, title: str, label: str | None = None) -> 
         yaxis={"tickvals": [*range(len(names[label]))], "autorange": "reversed", "ticktext": names[label]},
     )
     height = 190 + 24 * max(map(len, names.values())) + 19 * len(methods)
-    return _finish(figure, title, alt, above=38, updatemenus=menus, height=height)
+    caption = (
+        "In each row the way from the bare base's mark to the expert's is what an adapter has to move. See how near "
+        "to the expert its own mark comes, and whether it moves tokens on which the other two agree."
+    )
+    return _finish(
+        figure, title, alt, caption, above=38, columns={"y": None, "text": "token"}, updatemenus=menus, height=height
+    )
 
 
 def strength_figure(frame: pd.DataFrame, title: str, quantity: str = "KL (log)") -> go.Figure:
@@ -182,7 +188,16 @@ def strength_figure(frame: pd.DataFrame, title: str, quantity: str = "KL (log)")
         yaxis={"tickvals": [*range(len(sets))], "ticktext": sets, "autorange": "reversed", "showgrid": False},
         margin_b=120,
     )
-    return _finish(figure, title, alt, above=38, updatemenus=menus, sliders=[slider], height=300 + 52 * len(sets))
+    caption = (
+        "Move the slider from a weak expert to a strong one: see which methods keep their place, which fall behind, "
+        "and whether that is so on prompts of the expert's own kind and on others alike. A KL is better further left, "
+        "a share further right; a share at the left edge is that far below none, or further."
+    )
+    columns = {"y": None, "hover": ["KL", "identity", "recovered", "n", "probe set"]}
+    return _finish(
+        figure, title, alt, caption, above=38, columns=columns, updatemenus=menus, sliders=[slider],
+        height=300 + 52 * len(sets),
+    )  # fmt: skip
 
 
 def rank_figure(frame: pd.DataFrame, title: str, target: tuple[float, float], quantity: str = "KL (log)") -> go.Figure:
@@ -191,7 +206,8 @@ def rank_figure(frame: pd.DataFrame, title: str, target: tuple[float, float], qu
     `frame` is what `evaluate` returned on one text an expert.
     """
     rows = frame.assign(split=frame["expert"], layer=math.nan, rank=frame["rank"].astype(float))
-    figure = plots.kl_vs_rank(rows, title=title, split=frame["expert"].iloc[0], quantity=quantity)
+    see = "The band is the study's target: see which lines enter it, from which rank on, and for which of the experts."
+    figure = plots.kl_vs_rank(rows, title=title, split=frame["expert"].iloc[0], quantity=quantity, see=see)
     bits = rows.drop_duplicates(["method", "rank", "split"]).set_index(["method", "rank", "split"])["bits_per_byte"]
     flat = {(m, s): b for (m, r, s), b in bits.items() if math.isnan(r)}
     for trace in figure.data:
@@ -199,7 +215,7 @@ def rank_figure(frame: pd.DataFrame, title: str, target: tuple[float, float], qu
         every = [flat.get((method, expert)) or bits.loc[(method, rank, expert)] for rank in trace.x]
         trace.customdata = [[*old, new] for old, new in zip(trace.customdata, _numbers(every), strict=True)]
         shown = trace.hovertemplate or figure.layout.template.data.scatter[0].hovertemplate
-        trace.hovertemplate = shown.replace("<extra>", "<br>%{customdata[4]:.3f} bits per byte<extra>")
+        trace.hovertemplate = shown.replace("<extra>", "<br>bits per byte %{customdata[4]:.3f}<extra>")
     colour = style("reported")[1]
     figure.add_hrect(*target, fillcolor=colour, opacity=0.15, line_width=0)
     # On a log axis a shape is placed by its value, a text by its logarithm.

@@ -130,7 +130,15 @@ def layers_by_tokens(frame: pd.DataFrame, title: str, colour: str = "KL") -> go.
         f"The likeliest next token behind each of the {len(shown)} tokens of a prompt, as read from every layer, by "
         f"the base and by the expert, whose words are: {' '.join(shown['says'])}."
     )
+    caption = (
+        "Read a row from left to right: what the layers say comes next, one after the other, up to what base and "
+        "expert say themselves; bold is the token that does follow. Coloured by KL, a pale cell is near the expert: "
+        "look for the layer from which a row stays pale, then change the lens."
+    )
+    # Which layer it is, hovering says; the position on the axis would say it in another way.
+    columns = {"x": None, "y": "position", "z": None}
+    columns |= {"hover": ["layer", "token", "what follows", *COLOURED, "says"]}
     return _finish(
-        figure, title, alt, above=100, updatemenus=menus, height=210 + 21 * longest,
+        figure, title, alt, caption, above=100, columns=columns, updatemenus=menus, height=210 + 21 * longest,
         xaxis={"tickvals": [*range(len(across))], "ticktext": across},
     )  # fmt: skip

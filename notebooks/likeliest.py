@@ -158,4 +158,12 @@ def against_k(frame: pd.DataFrame, prompts: Sequence[str], quantity: str = "KL (
     )
     axis = {"type": "category", "tickangle": 0, "tickfont_size": 9}
     title = "What the k likeliest tokens are worth"
-    return _finish(figure, title, f"{alt}.", above=38, updatemenus=menus, sliders=[slider], xaxis=axis)
+    caption = (
+        "Follow the dashed line, the mean over prompts, from the base alone at the left: see how few tokens bring "
+        "most of what all of them bring. Then move the slider: a prompt whose own line keeps away from the mean needs "
+        "more of them, or fewer."
+    )
+    return _finish(
+        figure, title, f"{alt}.", caption, above=38, columns={"x": "tokens told"}, updatemenus=menus, sliders=[slider],
+        xaxis=axis,
+    )  # fmt: skip

@@ -90,7 +90,12 @@ def flow_figure(frame: pd.DataFrame, title: str) -> go.Figure:
     for menu in menus:
         menu["pad"]["l"] = 0  # No axis stands at the left.
     figure.update_layout(updatemenus=menus, height=520, margin={"l": 8, "r": 8, "b": 12}, font_size=11)
-    return _finish(figure, title, f"{alt}.", above=38)
+    caption = (
+        "The wider a band, the more probability it carries. Follow the widest from the left: where all is blue, the "
+        "two tokenizers agree; where a band splits or changes colour, the text of the expert's token alone does not "
+        "tell what the base would write."
+    )
+    return _finish(figure, title, f"{alt}.", caption, above=38, columns={"hover": ["fate"]})
 
 
 def _visible(raw: bytes) -> str:
@@ -138,7 +143,13 @@ def budget_figure(
         looks |= {name: (colour, "circle", "solid"), f"aim, {name}": (colour, "x", "dot")}
     told = frame[(frame["prompt"] == "mean of all") & ~aim & frame["value"].notna()]
     alt = "; ".join(f"{row.method} {row.value:.2g} at {row.passes}" for row in told.itertuples())
-    figure = lines(frame, "passes", {"drawn": ("mass", "")}, looks, title, f"Mean of the prompts: {alt}.", by="prompt")
+    caption = (
+        "More passes to the right. See which of the two falls sooner, what can be certified or what is really off, "
+        "and whether each has come below its cross, the aim, there. Single prompts are in the menu: few of them can "
+        "make the mean."
+    )
+    alt, drawn = f"Mean of the prompts: {alt}.", {"drawn": ("mass", "")}
+    figure = lines(frame, "passes", drawn, looks, title, alt, caption, by="prompt")
     return figure.update_layout(xaxis_type="category", yaxis={"type": "log", "title_text": "share of all mass"})
 
 

@@ -76,4 +76,13 @@ def phase_diagram(
     )
     ticks = [{"tickvals": [*range(len(of))], "ticktext": of} for of in (across, up)]
     slider = {"active": len(steps) - 1, "steps": steps, "pad_t": 50, "currentvalue_prefix": "N = "}
-    return _finish(figure, title, alt, above=38, updatemenus=menus, sliders=[slider], xaxis=ticks[0], yaxis=ticks[1])
+    caption = (
+        "Read along a row: the expert has one rank, the adapter's grows to the right. Look for the step from pale to "
+        "blue, and whether it lies where the two ranks are equal; then move N, and see from how many prompts on the "
+        "step is there. Blue is recovered, vermilion worse than no adapter."
+    )
+    names = ["KL", "identity", "recovered", "n", "recovered low", "recovered high", "expert rank", "adapter rank"]
+    return _finish(
+        figure, title, alt, caption, above=38, columns={"z": "recovered", "hover": names}, updatemenus=menus,
+        sliders=[slider], xaxis=ticks[0], yaxis=ticks[1],
+    )  # fmt: skip

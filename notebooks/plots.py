@@ -8,6 +8,8 @@ from __future__ import annotations
 import html
 import json
 import math
+import os
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -40,7 +42,26 @@ KL_FLOOR = 1e-9
 # label -> (column, y axis: type, title, tick format). Scale and quantity are one choice, as a log axis has no place
 # for a negative share.
 QUANTITIES: dict[str, tuple[str, str, str, str]] = {name: tuple(spec) for name, spec in STYLES["quantities"].items()}
+# How to read them, below every figure of their kind, behind what a page says is to be seen in it.
+READ_SWEEP = ("The dashed line is the base without an adapter: above it in KL or bits, below it in share, an adapter "
+              "is worse than none.")
+READ_BARS = "0% is the base without an adapter, 100% the expert; a bar to the left of 0% is worse than none."
 pio.templates["chassis"] = template = go.layout.Template(layout=STYLES["template"])
+
+
+def _show(figure: go.Figure) -> None:
+    """Show a figure in a notebook, its caption below it; on a page of the book, `bookpages` puts that there."""
+    from IPython.display import Markdown, display
+
+    figure._ipython_display_()
+    caption = (figure.layout.meta or {}).get("caption")
+    if caption and os.environ.get("CHASSIS_HEADLESS") != "1":
+        display(Markdown(caption))
+
+
+# Where there is a kernel, whoever shows a figure shows it so.
+if shell := "IPython" in sys.modules and sys.modules["IPython"].get_ipython():
+    shell.display_formatter.ipython_display_formatter.for_type(go.Figure, _show)
 
 
 def style(method: str) -> tuple[str, str, str, str]:
@@ -93,12 +114,19 @@ def _checked(frame: pd.DataFrame, places: Sequence[str] = ("rank", "layer")
     return frame, methods, {name: levels["max"][name] for name in splits if name in levels.index}
 
 
-def _finish(figure: go.Figure, title: str, alt: str, above: int = 0, **layout: Any) -> go.Figure:
-    """Template, title wrapped for a phone, alternative text; `above` is the room for controls, in pixels."""
+def _finish(figure: go.Figure, title: str, alt: str, caption: str, above: int = 0,
+            columns: dict[str, Any] | None = None, **layout: Any) -> go.Figure:
+    """Template, title wrapped for a phone, alternative text, caption; `above` is the room for controls, in pixels.
+
+    The caption says what to see, whatever a menu shows and whatever was measured. `columns` names those of the data
+    that a reader downloads, where axes and hover do not: "x", "y" and "z", "text", and for "hover" a list, in the order
+    of `customdata`. What is called None is left out.
+    """
     lines = textwrap.wrap(title, 42)
     return figure.update_layout(
         template=template, title_text="<br>".join(html.escape(line, quote=False) for line in lines),
-        title_pad_t=10 + 9 * (len(lines) - 1), margin_t=22 + 18 * len(lines) + above, meta={"alt": alt}, **layout)
+        title_pad_t=10 + 9 * (len(lines) - 1), margin_t=22 + 18 * len(lines) + above,
+        meta={"alt": alt, "caption": caption} | ({"columns": columns} if columns else {}), **layout)
 
 
 def _owned(figure: go.Figure, place: int, names: Iterable[Any], key: str, on: Any, off: Any) -> dict[Any, list[Any]]:
@@ -144,7 +172,7 @@ def _reach(values: pd.Series) -> dict[str, Any]:
 
 
 def _sweep(frame: pd.DataFrame, reported: pd.DataFrame | None, x: str, by: str, title: str, alt: str | None,
-           quantity: str, split: str | None, lift: int = 8) -> tuple[go.Figure, list[float]]:
+           quantity: str, split: str | None, see: str, lift: int = 8) -> tuple[go.Figure, list[float]]:
     """Lines over column `x`, one a method, with dropdowns for column `by`, for the split and for the quantity.
 
     A row without `x` becomes a flat line, one without `by` is shown under every entry. Returns the values of `x` too,
@@ -204,15 +232,20 @@ def _sweep(frame: pd.DataFrame, reported: pd.DataFrame | None, x: str, by: str, 
     lowest = [f" The lowest is {style(row.method)[0]} at {_figures(row.kl)}." for row in best.itertuples()]
     alt = alt or (f"KL to the expert against {x} for {'; '.join(style(name)[0] for name in methods)}. On {split}, "
                   f"identity is at {_figures(identity[split])} nats.{''.join(lowest)}")
-    _finish(figure, title, alt, updatemenus=menus, above=30 + lift if menus else 8)
+    caption = [see, READ_SWEEP]
+    if rows.loc[~rows["method"].isin(["identity"]), x].isna().any():
+        caption.append(f"A flat dotted line has no {x} to choose.")
+    if reported is not None:
+        caption.append("Hollow marks are the study's own figures, of its own models.")
+    _finish(figure, title, alt, " ".join(filter(None, caption)), updatemenus=menus, above=30 + lift if menus else 8)
     figure.layout.template.data.scatter = [go.Scatter(
         mode="lines+markers", marker_size=8, hovertemplate=_HOVER.replace("PLACE", f"{x} %{{x}}%{{meta[3]}}"))]
     return figure, ticks
 
 
 def kl_vs_rank(frame: pd.DataFrame, reported: pd.DataFrame | None = None, title: str = "KL to the expert against rank",
-               alt: str | None = None, quantity: str = "KL (log)", split: str | None = None, by: str = "layer"
-               ) -> go.Figure:
+               alt: str | None = None, quantity: str = "KL (log)", split: str | None = None, by: str = "layer",
+               see: str = "") -> go.Figure:
     """KL against the rank of the adapter: one line a method, dotted and flat at full rank, identity dashed.
 
     Args:
@@ -223,11 +256,12 @@ def kl_vs_rank(frame: pd.DataFrame, reported: pd.DataFrame | None = None, title:
         quantity: the entry of `QUANTITIES` shown first.
         split: the split shown first; "test" if there is one.
         by: the column of numbers whose values the first dropdown offers, such as `n_train`.
+        see: what to look for, said below the figure before how to read it.
 
     Raises:
         ChassisError: nothing to draw, a column is missing, or several experts are mixed.
     """
-    figure, ranks = _sweep(frame, reported, "rank", by, title, alt, quantity, split)
+    figure, ranks = _sweep(frame, reported, "rank", by, title, alt, quantity, split, see)
     every = {value for trace in figure.data for value in trace.x if value}
     # A label needs a twelfth of a telephone's width; ours come before the study's, large before small.
     room, ticks = math.log(max(every) / min(every)) / 12, []
@@ -240,14 +274,14 @@ def kl_vs_rank(frame: pd.DataFrame, reported: pd.DataFrame | None = None, title:
 
 def kl_vs_depth(frame: pd.DataFrame, reported: pd.DataFrame | None = None,
                 title: str = "KL to the expert against depth", alt: str | None = None, quantity: str = "KL (log)",
-                split: str | None = None, num_layers: int | None = None) -> go.Figure:
+                split: str | None = None, num_layers: int | None = None, see: str = "") -> go.Figure:
     """KL against the layer that is read; the study's layers run along the top, scaled to the same depth.
 
     Arguments and errors are those of `kl_vs_rank`, the first dropdown offering ranks. `num_layers` is the depth of
     our base, the deepest layer measured if not given.
     """
     lift = 8 if reported is None else 54
-    figure, ticks = _sweep(frame, reported, "layer", "rank", title, alt, quantity, split, lift)
+    figure, ticks = _sweep(frame, reported, "layer", "rank", title, alt, quantity, split, see, lift)
     depth = num_layers or ticks[-1] or 1
     figure.update_layout(xaxis={"title_text": "layer of our base", "range": [-0.04 * depth, 1.04 * depth],
                                 "tickvals": ticks if len(ticks) <= 13 else None})
@@ -258,12 +292,12 @@ def kl_vs_depth(frame: pd.DataFrame, reported: pd.DataFrame | None = None,
 
 
 def kl_vs_step(courses: pd.DataFrame, identity: float, title: str = "KL to the expert over training",
-               alt: str | None = None, x: str = "step", log_seconds: bool = False) -> go.Figure:
+               alt: str | None = None, x: str = "step", log_seconds: bool = False, see: str = "") -> go.Figure:
     """KL on the training rows against step or seconds, one line a method; `identity` dashed, the bare base's KL there.
 
     `courses` has the columns `method, step, kl, seconds`, as `refine` returns them; a method of one row is a large
     marker. `x`, "step" or "seconds", is shown first. With `log_seconds` their axis is a log one, and what took no time
-    is drawn at the shortest time of all.
+    is drawn at the shortest time of all. `see` is what to look for, said below the figure.
 
     Raises:
         ChassisError: an `x` of another name.
@@ -289,7 +323,11 @@ def kl_vs_step(courses: pd.DataFrame, identity: float, title: str = "KL to the e
     alt = alt or f"KL against {x}, identity {_figures(identity)} nats: {said}."
     # On a telephone the legend is one column: what its entries take must not be taken from the plot.
     height = template.layout.height + 19 * max(0, len(given) - 4)
-    return _finish(figure, title, alt, above=38, updatemenus=menus, height=height)
+    caption = [see, "The dashed line is the base without an adapter."]
+    if (given.size() == 1).any():
+        caption.append("A large mark was solved at once.")
+    return _finish(figure, title, alt, " ".join(filter(None, caption)), above=38,
+                   columns={"hover": ["step", "seconds"]}, updatemenus=menus, height=height)
 
 
 def _choice(frame: pd.DataFrame, methods: Sequence[str], rank: int | None = None, layer: int | None = None
@@ -314,7 +352,7 @@ def _choice(frame: pd.DataFrame, methods: Sequence[str], rank: int | None = None
 
 
 def bars(frame: pd.DataFrame, title: str = "Share of the identity KL recovered", alt: str | None = None,
-         rank: int | None = None, layer: int | None = None) -> go.Figure:
+         rank: int | None = None, layer: int | None = None, see: str = "") -> go.Figure:
     """Recovered share by split, one bar a method; identity is the line at 0, and left of it is worse than identity.
 
     Shows `rank` and `layer`, or for each method its best on split "val". Other arguments and errors are those of
@@ -337,6 +375,7 @@ def bars(frame: pd.DataFrame, title: str = "Share of the identity KL recovered",
         said.append(f"{place}: " + ", ".join(f"{share} on {split}" for share, split in zip(text, splits, strict=True)))
     figure.add_vline(x=0, line={"color": GREY, "dash": "dash"})
     return _finish(figure, title, alt or f"Share of the identity KL recovered. {'; '.join(said)}.",
+                   f"{see} {READ_BARS}".strip(), columns={"x": "recovered", "y": "split"},
                    height=max(420, 130 + 22 * len(splits) * len(said)), xaxis_range=[low - 0.02, 1.08],
                    yaxis_categoryarray=splits)
 

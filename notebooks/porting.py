@@ -402,7 +402,7 @@ def exported(base: LanguageModel, plugs: Mapping[str, Adapter]) -> pd.DataFrame:
 
 def lines(
     x: Sequence[float | str], looks: Mapping[str, Mapping[str, object]], quantities: Mapping[str, tuple], title: str,
-    alt: str, first: str, **axis: object,
+    alt: str, caption: str, first: str, **axis: object,
 ) -> go.Figure:  # fmt: skip
     """Lines over x with a menu of quantities, each `(title of the y axis, {line: values})`; `looks` are the lines'."""
     figure = go.Figure(layout={"showlegend": True, "margin_b": 118, "height": 470})
@@ -415,7 +415,7 @@ def lines(
         for name, (unit, told) in quantities.items()
     }
     menus = _dropdowns(figure, 8, (first, entries))
-    return _finish(figure, title, alt, above=38, updatemenus=menus, xaxis=axis, yaxis_rangemode="tozero")
+    return _finish(figure, title, alt, caption, above=38, updatemenus=menus, xaxis=axis, yaxis_rangemode="tozero")
 
 
 def over_weights(table: pd.DataFrame, sides: Sequence[str], quantity: str = "KL to each expert") -> go.Figure:
@@ -448,7 +448,13 @@ def over_weights(table: pd.DataFrame, sides: Sequence[str], quantity: str = "KL 
         f"{_figures(kl)} for {side}" for kl, side in zip(half, sides, strict=True)
     )
     axis = {"title_text": f"weight of {sides[0]}; {sides[1]} has the rest", "range": [-0.03, 1.03]}
-    return lines([*map(float, alphas)], looks, quantities, "Two plugs, mixed", f"{alt}.", quantity, **axis)
+    caption = (
+        "At either end one plug works alone. Follow a colour inwards from the end of its own plug: what it loses on "
+        "the way, if anything, is the price of the other's share. See whether solid lies as far above dotted, the "
+        "experts themselves, in the middle as at the ends, and where it still lies below the dashed line, the bare "
+        "base."
+    )
+    return lines([*map(float, alphas)], looks, quantities, "Two plugs, mixed", f"{alt}.", caption, quantity, **axis)
 
 
 def since_switch(frames: Mapping[str, pd.DataFrame], methods: Mapping[str, str], quantity: str = "") -> go.Figure:
@@ -472,4 +478,9 @@ def since_switch(frames: Mapping[str, pd.DataFrame], methods: Mapping[str, str],
         for name, values in quantities[quantity][1].items()
     )
     axis = {"type": "category", "title_text": "tokens since the part began"}
-    return lines(names, looks, quantities, "From the seam on", f"{alt}.", quantity, **axis)
+    caption = (
+        "At the left, a part has just begun: how far a line starts above the one of the oracle, which knows whose "
+        "text it is, is what a policy loses at a seam; how soon it comes down is how fast it notices. The dashed line "
+        "is the bare base: above it no plug at all would have been better."
+    )
+    return lines(names, looks, quantities, "From the seam on", f"{alt}.", caption, quantity, **axis)

@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import papermill
 import plotly.graph_objects as go
 import pytest
 from conftest import barriers, walk
-from test_plots import grid
+from test_plots import PHASE, grid
 
 from bookpages import figure_html
+from phase import phase_diagram
 from plots import METHODS, kl_vs_rank
 from stills import still
 
@@ -73,15 +75,16 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(NOTEBOOKS / module, folder / "notebooks")
     shutil.copytree(ROOT / "book" / "assets", folder / "book" / "assets")
     (folder / "_toc.yml").write_text(
-        "format: jb-book\nroot: index\nchapters: [{file: two}, {file: none}, {file: menu}, {file: table}]\n"
+        "format: jb-book\nroot: index\nchapters: "
+        "[{file: two}, {file: none}, {file: menu}, {file: map}, {file: table}]\n"
     )
     (folder / "index.md").write_text("# Landing\n\n```{glue:} first\n:doc: two.ipynb\n```\n")
     (folder / "stray.md").write_text("# Not in the table of contents, so not in the book\n")
     notebook(folder, "two", [FIGURE, "glue_figure('first', figure)", "figure", "figure.update_traces(mode='markers')"])
     notebook(folder, "table", [TABLE])
     notebook(folder, "none", ["print('no figure here')"])
-    sweep = kl_vs_rank(grid(("v1", "rrr"))).to_json()
-    notebook(folder, "menu", [f"import plotly.io\nplotly.io.from_json({sweep!r})"])
+    for name, figure in (("menu", kl_vs_rank(grid(("v1", "rrr")))), ("map", phase_diagram(PHASE))):
+        notebook(folder, name, [f"import plotly.io\nplotly.io.from_json({figure.to_json()!r})"])
     build = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(folder)]
     done = subprocess.run([*build, "-W", "-n", "--keep-going"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"the book did not build:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
@@ -157,8 +160,67 @@ def test_a_still_leaves_out_what_a_menu_hides_and_none_is_made_of_what_it_cannot
 
     assert points({}) == 4
     assert points({"visible": False}) == points({"visible": "legendonly"}) == points({"yaxis": "y2"}) == 2
-    assert still({"data": [{"type": "sankey"}]}, "flow") == still({"data": []}, "none") == ""
+    assert still({"data": [{"type": "pie"}]}, "shares") == still({"data": []}, "none") == ""
     assert "<b>" not in still({"data": [{"type": "scatter", "x": [1], "y": [1], "name": "<b>&"}]}, "one")
+
+
+def test_a_still_of_a_map_has_its_cells_in_the_places_and_colours_of_the_figure() -> None:
+    scale = {"cmin": 0, "cmax": 1, "colorscale": [[0, "#FFFFFF"], [1, "#0000FF"]]}
+    cells = {"type": "heatmap", "z": [[0, 1], [0.5, None]], "x": ["a", "b"], "y": ["low", "high"]}
+    cells |= {"texttemplate": "%{z:.0%}", "coloraxis": "coloraxis"}
+    for order, first in (({}, "high"), ({"range": [1.5, -0.5]}, "low")):
+        drawn = still({"data": [cells], "layout": {"coloraxis": scale, "yaxis": order}}, "map")
+        found = re.findall(r'<rect x="([\d.]+)" y="(\d+)".*?fill="(#\w+)"/><text .*?>(\d+%)<', drawn)
+        assert {words: colour for *_, colour, words in found} == {"0%": "#ffffff", "100%": "#0000ff", "50%": "#8080ff"}
+        places = {words: (float(x), float(y)) for x, y, _, words in found}
+        (x, y), (right, same), (below, other) = (places[words] for words in ("0%", "100%", "50%"))
+        assert right > x == below and same == y and (other < y) == (first == "high")
+
+
+def test_a_still_reads_numbers_that_came_as_arrays() -> None:
+    figure = go.Figure(go.Scatter(x=np.array([1, 2, 4]), y=np.array([0.3, np.nan, 0.1]), mode="markers"))
+    told = json.loads(figure.to_json())
+    assert "bdata" in told["data"][0]["x"]
+    assert still(told, "two").count("<circle") == 2
+
+
+def test_stacked_bars_of_a_still_begin_where_those_before_end() -> None:
+    bars = [{"type": "bar", "orientation": "h", "x": x, "y": ["p", "q"]} for x in ([0.25, 0.5], [0.75, 0.5])]
+    drawn = still({"data": bars, "layout": {"barmode": "stack"}}, "bars")
+    first, second = re.findall(r'<path d="([^"]*)" stroke="[^"]*" stroke-width="14"', drawn)
+    ends, starts = re.findall(r"H([\d.]+)", first), re.findall(r"M([\d.]+)", second)
+    assert ends == starts and len({*ends}) == 2 and len({*re.findall(r"H([\d.]+)", second)}) == 1
+
+
+def test_bands_of_a_still_carry_what_the_figure_says() -> None:
+    link = {"source": [0, 1, 2], "target": [2, 2, 3], "value": [3, 1, 4], "color": ["red", "green", "blue"]}
+    drawn = still({"data": [{"type": "sankey", "node": {"label": [*"abcd"]}, "link": link}]}, "flow")
+    wide = {colour: float(w) for colour, w in re.findall(r'stroke="(\w+)" stroke-width="([\d.]+)"', drawn)}
+    assert wide["red"] == pytest.approx(3 * wide["green"], abs=0.2) and wide["blue"] == pytest.approx(
+        wide["red"] + wide["green"], abs=0.2
+    )
+    nodes = [float(x) for x in re.findall(r'<rect x="([\d.]+)"', drawn)]
+    assert nodes[0] == nodes[1] < nodes[2] < nodes[3], "a node stands behind all that lead to it"
+
+
+def test_a_caption_stands_below_its_figure_and_holds_no_markup_of_its_own() -> None:
+    figure = {"data": [], "layout": {"meta": {"alt": "a", "caption": "Choose `text`: <b>a</b> & b."}}}
+    wanted = "<figcaption>Choose <code>text</code>: &lt;b&gt;a&lt;/b&gt; &amp; b.</figcaption></figure>"
+    assert wanted in figure_html(figure)
+    assert "figcaption" not in figure_html({"data": [], "layout": {"meta": [1], "title": {"text": "none"}}})
+
+
+@needs_browser
+def test_a_caption_is_read_without_scripts_too(site: Path, browser: object) -> None:
+    context = browser.new_context(java_script_enabled=False, viewport={"width": 390, "height": 844})
+    page = context.new_page()
+    for name in ("menu", "map"):
+        page.goto((site / f"{name}.html").as_uri())
+        caption = page.locator("figure figcaption")
+        assert caption.is_visible() and "worse than" in caption.inner_text()
+        assert 250 < caption.bounding_box()["width"] < 390
+        assert page.locator("noscript svg[role=img]").count() == 1
+    context.close()
 
 
 @needs_browser

@@ -342,18 +342,18 @@ def test_figures_carry_their_data_and_controls(places: Places) -> None:
         [{"probes": p, "method": m, "x": x, "a": x / 10, "b": 1 - x / 10} for p in "uv" for m in "st" for x in (1, 2)]
     )
     looks = {"s": ("blue", "circle", "solid"), "t": ("green", "square", "dot")}
-    figure = lines(frame, "x", {"a": ("first", ".0%"), "b": ("second", "")}, looks, "A title", "An alt")
+    figure = lines(frame, "x", {"a": ("first", ".0%"), "b": ("second", "")}, looks, "A title", "An alt", "See.")
     assert [trace.visible for trace in figure.data] == [True, True, False, False]
     assert [b.label for menu in figure.layout.updatemenus for b in menu.buttons] == ["u", "v", "first", "second"]
     assert list(figure.data[0].y) == [0.1, 0.2] and figure.layout.meta["alt"] == "An alt"
-    figure = dumbbells(pd.DataFrame({"label": ["p", "q"], "identity": [1.0, 0.0], "kl": [0.5, 2.0]}), "Causes")
+    figure = dumbbells(pd.DataFrame({"label": ["p", "q"], "identity": [1.0, 0.0], "kl": [0.5, 2.0]}), "Causes", "Look.")
     assert list(figure.data[-1].x) == [0.5, 2.0] and list(figure.data[-2].x) == [1.0, 0.01]
     assert "q: 0 and 2" in figure.layout.meta["alt"]
     some = likeliest(places.some([0, 1]), lambda i: ("kept" if i % 2 else "lost", ""), top=3)
     figure = fates(some, {"kept": "blue", "lost": "grey"}, "Fates")
     for trace in figure.data[:2]:
         here = some[(some["prompt"] == some["prompt"][0]) & (some["fate"] == trace.name)]
-        assert sum(trace.x) == pytest.approx(here["p"].sum(), rel=1e-3)
+        assert sum(share for share in trace.x if share is not None) == pytest.approx(here["p"].sum(), rel=1e-3)
     assert short(0, "a\nb" + "x" * 40) == "1: …" + "x" * 26
     pairs = pd.DataFrame({"expert": ["k", "l"], "base": ["l", "k"], "A": [0.5, 0.25], "C": [1.0, 0.75]})
     figure = pairs_map(pairs)

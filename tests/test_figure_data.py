@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from test_book_pages import browser, needs_browser, site
-from test_plots import grid
+from test_plots import PHASE, grid
 
 __all__ = ["browser", "site"]
 
@@ -34,6 +34,21 @@ def test_every_figure_gives_its_points_and_what_hovering_tells_of_them(site: Pat
     assert float(row["KL to the expert (nats)"]) == pytest.approx(wanted["kl"], rel=1e-3)
     measured = [r for r in rows if r["trace"] != "identity (no adapter)"]
     assert len(measured) == len(frame.query("method != 'identity'"))
+    page.close()
+
+
+@needs_browser
+def test_data_bear_the_names_of_what_was_measured_where_axes_have_none(site: Path, browser: object) -> None:
+    page = browser.new_page()
+    page.goto((site / "map.html").as_uri())
+    page.wait_for_selector(".chassis-plot[data-drawn]")
+    rows = downloaded(page, 0)
+    assert not {"x", "y", "value", "text", ""} & {*rows[0]} and not [name for name in rows[0] if "hover" in name]
+    wanted = PHASE.query("method == 'rrr' and split == 'test' and n_train == 48 and expert_rank == 12 and rank == 4")
+    told = {"choices": "rrr; test; 48", "expert rank": "12", "adapter rank": "4"}
+    (row,) = [row for row in rows if told.items() <= row.items()]
+    for name, column in (("KL", "kl"), ("recovered", "recovered"), ("recovered high", "recovered_high"), ("n", "n")):
+        assert float(row[name]) == pytest.approx(wanted[column].item(), rel=1e-3)
     page.close()
 
 

@@ -152,6 +152,9 @@ def test_every_page_is_whole_at_every_width_and_in_every_theme(site: Path, profi
     for name, width, theme, page in walk(browser, site, pages, 390, 1280):
         assert (site / f"{name}.html").stat().st_size < 1_500_000, f"{name} is heavy"
         assert page.locator(".chassis-canvas").evaluate_all(nameless) == 0, f"a plot of {name} has no words"
+        assert page.locator(".chassis-plot:not(:has(figcaption))").count() == 0, f"a plot of {name} has no caption"
+        still = "all => all.filter(one => !one.textContent.includes('<svg')).length"
+        assert page.locator(".chassis-plot noscript").evaluate_all(still) == 0, f"a plot of {name} has no still"
         if width == 1280:
             found += [f"{name}: {one}" for one in barriers(page, theme)]
     assert not found, "\n".join(found)

@@ -56,6 +56,17 @@ def test_headless_shows_the_figure_of_the_first_options_and_no_widget(monkeypatc
     assert output.data[PLOTLY]["data"][0]["y"] == [1, 4] and output.data[PLOTLY]["data"][0]["name"] == "v1"
 
 
+def test_a_caption_stands_below_a_figure_where_there_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "import plots\ndraw('v1', 4, True).update_layout(meta={'caption': 'Look left.'})"
+    figure, caption = run(monkeypatch, False, told)[0]
+    assert PLOTLY in figure.data and caption.data["text/markdown"] == "Look left."
+    # On a page it is part of the figure, so that a page that quotes the figure has it too.
+    (figure,), _ = run(monkeypatch, True, told)
+    assert figure.data[PLOTLY]["layout"]["meta"]["caption"] == "Look left."
+    (figure,), _ = run(monkeypatch, False, "import plots\ndraw('v1', 4, True)")
+    assert PLOTLY in figure.data
+
+
 def test_a_moved_control_redraws_and_an_impossible_choice_leaves_its_message_and_no_figure(
         monkeypatch: pytest.MonkeyPatch) -> None:
     (view, kinds), (shown,) = run(monkeypatch, False, SHOW, MOVE + "rank.value = 16")

@@ -47,23 +47,36 @@
   const NUMBERS = { f8: Float64Array, f4: Float32Array, i4: Int32Array, i2: Int16Array, i1: Int8Array, u1: Uint8Array };
   const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer;
   const list = (values) => Array.from(values?.bdata ? new NUMBERS[values.dtype](bytes(values.bdata)) : (values ?? []));
+  // Names that the figure gives go before those of axes and hover; what is called null is left out.
+  const titled = (trace, layout, side) =>
+    layout[`${side}axis${(trace[`${side}axis`] ?? "").slice(1)}`]?.title?.text || layout[`${side}axis`]?.title?.text || side;
   const points = (trace, layout) => {
-    const [across, up] = ["x", "y"].map((axis) => layout[`${axis}axis`]?.title?.text || axis);
-    const own = { trace: trace.name ?? "", choices: [trace.meta ?? []].flat().filter((mark) => mark !== null).join("; ") };
-    const names = told(trace, layout).map(([name, at]) => [name || `hover ${at}`, at]);
+    // A line from mark to mark, or a text beside a bar: no record of its own.
+    if (trace.hoverinfo === "skip" && trace.showlegend === false) return [];
+    const called = layout.meta?.columns ?? {};
+    const [across, up] = ["x", "y"].map((side) => (side in called ? called[side] : titled(trace, layout, side)));
+    const kept = (...pairs) => Object.fromEntries(pairs.filter(([name]) => name));
+    // A mark that begins with a comma is a piece of what hovering tells.
+    const marks = [trace.meta ?? []].flat().filter((mark) => mark !== null && !/^(,|$)/.test(mark));
+    const own = { trace: trace.name ?? "", choices: marks.join("; ") };
+    const names = called.hover?.map((name, at) => [name, at]) ?? told(trace, layout);
     const more = (cell) => Object.fromEntries(names.map(([name, at]) => [name, [cell ?? []].flat()[at]]));
     if (trace.type === "sankey") {
       const { source, target, value } = trace.link;
-      return value.map((mass, i) => ({ ...own, from: trace.node.label[source[i]], to: trace.node.label[target[i]], mass }));
+      const ends = (i) => ({ from: trace.node.label[source[i]], to: trace.node.label[target[i]] });
+      return value.map((mass, i) => ({ ...own, ...ends(i), mass, ...more(trace.link.customdata?.[i]) }));
     }
     const { z, customdata = [], text } = trace;
     const [x, y] = [list(trace.x), list(trace.y)];
-    const each = (i, j) => ({ ...own, [across]: x[j] ?? j, [up]: y[i] ?? i });
+    const each = (i, j) => ({ ...own, ...kept([across, x[j] ?? j], [up, y[i] ?? i]) });
     if (z) {
-      const cell = (value, i, j) => ({ ...each(i, j), value, text: text?.[i]?.[j], ...more(customdata[i]?.[j]) });
-      return list(z).flatMap((line, i) => list(line).map((value, j) => cell(value, i, j)));
+      const shown = "z" in called ? called.z : "value";
+      const cell = (value, i, j) => ({ ...each(i, j), ...kept([shown, value]), ...more(customdata[i]?.[j]) });
+      const known = (value, i, j) => (value === null ? [] : [cell(value, i, j)]);
+      return list(z).flatMap((line, i) => list(line).flatMap((value, j) => known(value, i, j)));
     }
-    return (y.length ? y : x).map((_, i) => ({ ...each(i, i), ...more(customdata[i]) }));
+    const point = (i) => ({ ...each(i, i), ...kept([called.text, text?.[i]]), ...more(customdata[i]) });
+    return [...(y.length ? y : x).keys()].filter((i) => x[i] !== null && y[i] !== null).map(point);
   };
   const quoted = (value) => {
     const text = `${value ?? ""}`.replace(/<[^>]*>/g, " ").trim().replace(/&lt;/g, "<").replace(/&gt;/g, ">").replace(/&amp;/g, "&");
