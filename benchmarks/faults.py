@@ -177,8 +177,10 @@ def interrupt(folder: Path, name: str, trials: int, draw: random.Random) -> Iter
         cleared(root, work)
         process = begun(work.command, root)
         time.sleep(length * draw.random())
-        struck, family = process.poll() is None, psutil.Process(process.pid).children(recursive=True)
-        os.killpg(process.pid, signal.SIGINT)
+        family: list[psutil.Process] = []
+        if struck := process.poll() is None:
+            family = psutil.Process(process.pid).children(recursive=True)
+            os.killpg(process.pid, signal.SIGINT)
         _, wrong = process.communicate(timeout=120)
         _, alive = psutil.wait_procs(family, timeout=20)
         line = told(wrong)

@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from typing import Any
 
 if __name__ == "__main__":
@@ -59,4 +60,10 @@ if __name__ == "__main__":
         # What is private and can be written: an allocation that fails has a line and a name, a killed kernel has none.
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     options = {"cwd": os.path.dirname(source), "kernel_manager_class": InterpreterKernel}
-    papermill.execute_notebook(source, output, values, kernel_name="python3", progress_bar=False, **options)
+    try:
+        papermill.execute_notebook(source, output, values, kernel_name="python3", progress_bar=False, **options)
+    except KeyboardInterrupt:
+        # Who waits for the notebook may have been killed, and takes nothing away.
+        with suppress(FileNotFoundError):
+            os.remove(output)
+        raise

@@ -225,6 +225,7 @@ def test_an_interrupt_ends_workers_and_notebooks_in_silence(inside: Path) -> Non
     assert "[1/3] 1_count seed=0: done" in told
     kernels = [int(line.split()[1]) for line in lines(inside)]
     until(lambda: not any(map(psutil.pid_exists, kernels)))
+    until(lambda: not [*(inside / "book").rglob(".*partial*")])
     assert not [*(inside / "book").rglob("grid.csv")] and len([*(inside / "book").rglob("cell.json")]) in (1, 2)
 
 
