@@ -124,6 +124,12 @@ def _misfits(stem: str, values: Mapping[str, Any], declared: Mapping[str, Any]) 
     return wrong
 
 
+def _placed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, with models that are folders seen from here by their whole path: a notebook has another folder."""
+    here = {key: Path(str(settings[key])) for key in ("base", "expert") if key in settings}
+    return {**settings, **{key: str(path.resolve()) for key, path in here.items() if path.is_dir()}}
+
+
 def plan(notebooks: Sequence[str], profile: Profile, choices: Sequence[Mapping[str, Any]],
          faults: Iterable[str] = ()) -> list[dict[str, dict[str, Any]]]:  # fmt: skip
     """For each choice of settings: stem -> parameters of each notebook named (if none is, of all), in profile order.
@@ -141,7 +147,7 @@ def plan(notebooks: Sequence[str], profile: Profile, choices: Sequence[Mapping[s
     for stem in stems:
         if idle := sorted({*profile.notebooks[stem]} - {*declared[stem]}):
             faults.append(f"profile {profile.name!r} gives {stem} {', '.join(idle)}, which it does not declare")
-    for settings in choices:
+    for settings in map(_placed, choices):
         plans.append({})
         for stem in stems:
             known = {**profile.defaults, **profile.notebooks[stem], **settings}

@@ -121,6 +121,15 @@ def test_what_cannot_be_published_ends_the_run_at_once(inside: Path, jobs: int) 
     assert not [path for path in out.rglob("*.ipynb") if path.is_file()] and not (out / "results.jsonl").exists()
 
 
+def test_a_model_in_a_folder_is_found_from_where_the_command_is_called(inside: Path) -> None:
+    (inside / "mine").mkdir()
+    says = "from pathlib import Path; Path(out_dir, 'base.txt').write_text(base)"
+    write(inside / "notebooks", "4_write", PARAMETERS + "\nbase = 'pocket-base'", says)
+    for given, seen in (("mine", str(inside / "mine")), ("./mine", str(inside / "mine")), ("pocket-phi", "pocket-phi")):
+        run(["4_write"], "toy", {"base": given}, progress=False)
+        assert (inside / "book" / "run" / "toy" / "base.txt").read_text() == seen
+
+
 def test_another_folder_is_given_as_an_absolute_path(tmp_path: Path) -> None:
     assert run(["1_look"], "toy", {"ranks": [7]}, out_dir=tmp_path / "else where", progress=False)
     assert json.loads((tmp_path / "else where" / "seen.json").read_text())["ranks"] == [7]
