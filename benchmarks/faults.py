@@ -195,13 +195,13 @@ def shard(folder: Path, name: str, trials: int, draw: random.Random) -> Iterator
     work = works(root, 0)[name]
     length, wanted = whole(root, work)
     for _ in range(trials):
-        cleared(root, work)
-        # Of a gathering that has ended nothing is left but the sum of all.
-        life(work.command, length * draw.uniform(0.5, 1.2) if name == "gather" else None, root)
+        files: list[Path] = []
+        while not files:  # killed before it had written any
+            cleared(root, work)
+            # Of a gathering that has ended nothing is left but the sum of all.
+            life(work.command, length * draw.uniform(0.7, 1.2) if name == "gather" else None, root)
+            files = [path for kept in work.fresh for path in (root / kept).rglob("*.safetensors")]
         (root / "digest.txt").unlink(missing_ok=True)
-        files = [path for kept in work.fresh for path in (root / kept).rglob("*.safetensors")]
-        if not files:
-            continue
         path = draw.choice(sorted(files))
         raw = bytearray(path.read_bytes())
         if cut := draw.random() < 0.3:
