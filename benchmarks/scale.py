@@ -204,7 +204,7 @@ def _solving(name: str, p: int, q: int) -> Iterator[Stage]:
     yield f"ridge{name}", ridge(p, q), unit, lambda: found.update(map=scaled_ridge(sums, 0.1))
     yield f"held-out squares{name}", 2.0 * p * p * q, unit, lambda: held.error(*found["map"])
     if q < p:
-        yield f"cut{name}", cut(p, q), unit, lambda: low_rank(found["map"][0], sums.covariance)
+        yield f"cut{name}", cut(p, q), unit, lambda: low_rank(found["map"][0], sums.xx)
 
 
 def passes(shape: Shape, tokens: int) -> float:

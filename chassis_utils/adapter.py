@@ -386,7 +386,7 @@ def _rrr(a: Activations, layer: int, lam: float, features: Features | None = Non
     if metric not in ("data", "kl"):
         raise ChassisError(f"metric = '{metric}': choose data or kl")
     columns = column_weights(a) if metric == "kl" else None
-    factors = low_rank(weight, gram.covariance, both, columns)
+    factors = low_rank(weight, gram.xx, both, columns)
     return assembled(a, layer, factors, bias @ both + shift, info={"metric": metric}, features=features)
 
 

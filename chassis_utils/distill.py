@@ -108,14 +108,14 @@ def _near(a: Activations, layer: int, lam: float | None, passes: int = 15) -> Ad
     kl_fit(xs, given, basis, lam, seen, passes, readout.cap)
     steps, (reached, weight, bias) = min(enumerate(tried), key=lambda one: one[1][0])
     kind = {"features": features, "space": "hidden", "info": {"lam": lam, "steps": steps, "held_out_kl": reached}}
-    return assembled(a, final, low_rank(weight, Gram.of(x, x[:, :0]).covariance), bias, **kind)
+    return assembled(a, final, low_rank(weight, Gram.of(x, x[:, :0]).xx), bias, **kind)
 
 
 def _imitation(stats: Statistics, lams: Sequence[float], rank: int | None) -> Adapter:
     """An edit of one layer: ridge from the features to the expert's state there minus the base's own."""
     found = [(stats.held.error(weight, bias), lam, weight, bias) for lam, weight, bias in _ridges(stats.train, lams)]
     _, chosen, weight, bias = min(found, key=lambda one: one[0])
-    base, factors = stats.base, low_rank(weight, stats.train.covariance)
+    base, factors = stats.base, low_rank(weight, stats.train.xx)
     onto, layer = ("stream", base.num_layers) if stats.layer == "stream" else ("layer", stats.layer)
     edit = assembled(stats, layer, factors, bias, space="hidden", onto=onto, info={"lam": chosen}).named("imitation")
     return (edit if rank is None else edit.at_rank(min(rank, edit.rank))).to(base.device)
@@ -162,6 +162,6 @@ def _read_out(
     gram = (stats.train + stats.held).part(columns)
     weight, bias = scaled_ridge(gram, lam)
     weights, (both, shift) = column_weights(stats) if metric == "kl" else None, heads(stats)
-    factors = low_rank(weight, gram.covariance, both, weights)
+    factors = low_rank(weight, gram.xx, both, weights)
     info = {"lam": lam, "held_out_kl": reached, "metric": metric}
     return reached, assembled(stats, base.num_layers, factors, bias @ both + shift, features=features, info=info)

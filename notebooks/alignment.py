@@ -17,7 +17,7 @@ def hidden(a: Activations, layer: int, lam: float) -> Adapter:
     _same_size(a)
     gram = Gram.of(a.layer(layer), a.expert_hidden - a.hidden[a.final])
     weight, bias = ridge(gram, lam)
-    return assembled(a, layer, low_rank(weight, gram.covariance), bias, space="hidden")
+    return assembled(a, layer, low_rank(weight, gram.xx), bias, space="hidden")
 
 
 @method("aligned")

@@ -87,5 +87,5 @@ def _descent(a: Activations, layer: int, lam: float, after: Adapter | None = Non
     gram = Gram.of(x, -gradient(a, layer, after))
     weight, bias = ridge(gram, lam)
     scale = step * float(x.norm(dim=1).mean() / (x @ weight + bias).norm(dim=1).mean().clamp(min=1e-30))
-    factors = low_rank(weight * scale, gram.covariance)
+    factors = low_rank(weight * scale, gram.xx)
     return assembled(a, layer, factors, bias * scale, space="hidden", onto="layer", info={"step": step})

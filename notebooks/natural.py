@@ -120,9 +120,8 @@ def _adapter(base: LanguageModel, expert: Expert, edits: Sequence[_Edit], read: 
     """The edits as they stand; the adapter itself adds nothing."""
     found = []
     for edit in edits:
-        weight, c = edit.weight[:-1].double(), edit.factors[0]
-        covariance = c[:-1, :-1] - torch.outer(c[-1, :-1], c[-1, :-1])
-        down, up, values = (part.float() for part in low_rank(weight, covariance))
+        weight, seconds = edit.weight[:-1].double(), edit.factors[0][:-1, :-1]
+        down, up, values = (part.float() for part in low_rank(weight, seconds))
         kind = {"space": "hidden", "features": Features(edit.reads), "values": values}
         kind["onto"] = "stream" if edit.changes == "stream" else "layer"
         found.append(
