@@ -188,9 +188,9 @@ def _reading(shape: Shape) -> Iterator[Stage]:
             kl(start, start + models[0].readout.linear(theirs) - models[1].readout.linear(own))
 
     yield "judging", 2.0 * KEPT * q * (h + v), 4.0 * SOME * v, judge
-    covariance, columns = x.double().T @ x.double(), torch.rand(v).double()
+    squares, columns = x.double().T @ x.double(), torch.rand(v).double()
     work, unit = cut(h, q, v), 4.0 * q * v
-    yield "cut (vocabulary)", work, unit, lambda: low_rank(weight, covariance, heads(pair)[0], columns)
+    yield "cut (vocabulary)", work, unit, lambda: low_rank(weight, squares, heads(pair)[0], columns)
 
 
 def _solving(name: str, p: int, q: int) -> Iterator[Stage]:

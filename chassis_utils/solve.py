@@ -164,7 +164,7 @@ def low_rank(
     """Factors of `weight (p, k) @ basis (k, q)` whose first r columns are its best rank-r approximation, for every r.
 
     Without a metric that is the SVD. With the squares `C = x'x (p, p)` of x it is reduced-rank regression: the SVD of
-    `C^(1/2) weight`, and the squares it discards are the error that a cut adds while the intercept stays as it is
+    `C^(1/2) weight`, and the squares it discards are what a cut changes in the fitted values, the intercept kept
     (:cite:`izenman1975reduced`). With weights `D (q,)` of the columns it is `C^(1/2) weight basis D^(1/2)`. Only
     matrices of the sizes of p and k are decomposed, never q x q; no basis is the unit matrix. Returns `down (p, m)`,
     `up (m, q)`, singular values `(m,)`, m = min(p, k), largest first; float64, but `up` float32 behind a basis.

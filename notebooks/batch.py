@@ -124,10 +124,17 @@ def _misfits(stem: str, values: Mapping[str, Any], declared: Mapping[str, Any]) 
     return wrong
 
 
-def _placed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings, with models that are folders seen from here by their whole path: a notebook has another folder."""
-    here = {key: Path(str(settings[key])) for key in ("base", "expert") if key in settings}
-    return {**settings, **{key: str(path.resolve()) for key, path in here.items() if path.is_dir()}}
+def _placed(settings: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Settings, with models that are folders seen from here as notebooks of a project see them.
+
+    Inside the project that is a path from there, which names no folder of this machine.
+    """
+    placed = dict(settings)
+    for key in {"base", "expert"} & {*settings}:
+        if os.path.isfile(os.path.join(str(settings[key]), "config.json")):
+            path = Path(settings[key]).resolve()
+            placed[key] = os.path.relpath(path, root / "notebooks") if path.is_relative_to(root) else str(path)
+    return placed
 
 
 def plan(notebooks: Sequence[str], profile: Profile, choices: Sequence[Mapping[str, Any]],
@@ -147,7 +154,7 @@ def plan(notebooks: Sequence[str], profile: Profile, choices: Sequence[Mapping[s
     for stem in stems:
         if idle := sorted({*profile.notebooks[stem]} - {*declared[stem]}):
             faults.append(f"profile {profile.name!r} gives {stem} {', '.join(idle)}, which it does not declare")
-    for settings in map(_placed, choices):
+    for settings in (_placed(one, profile.root) for one in choices):
         plans.append({})
         for stem in stems:
             known = {**profile.defaults, **profile.notebooks[stem], **settings}
@@ -191,9 +198,10 @@ def run(
     A notebook that fails goes to `failed/`, its earlier page and records are removed, and the rest still runs.
     `settings` override the profile's parameters, `out_dir` is the profile's run folder unless given, and with
     `progress` a line is printed for each. With `missing`, pages stay of which nothing has changed since (see `_stamp`):
-    what was killed goes on from the page it was at. So many `jobs` run side by side, each with its share of the cores;
-    a page that reads the records of others waits for those before it. Returns the published notebooks. ChassisError for
-    bad input, before anything has run; or for notebooks that failed, after all have.
+    what was killed goes on from the page it was at. So many `jobs` run side by side, each with its share of the cores
+    unless OMP_NUM_THREADS says otherwise; a page that reads the records of others waits for those before it. Returns
+    the published notebooks. ChassisError for bad input, before anything has run; or for notebooks that failed, after
+    all have.
     """
     profile = load_profile(profile) if isinstance(profile, str) else profile
     (planned,) = plan(notebooks, profile, [settings or {}])

@@ -537,7 +537,7 @@ def dumbbells(frame: pd.DataFrame, title: str, see: str, least: float = 1e-2) ->
     return _shown(
         figure, title, f"KL of the bare base and of the adapter. {'; '.join(said)}.",
         f"{see} Grey is the base without an adapter: an adapter to the left of it has come nearer to its target, one "
-        "to the right is worse than none. Where grey itself moves, the target is another.",
+        "to the right is worse than none. Where grey itself moves, the target or the prompts are others.",
         columns={"y": "row", "hover": ["KL"]}, height=150 + 34 * len(order),
         xaxis={"type": "log", "title_text": "KL (nats)"},
         yaxis={"autorange": "reversed", "categoryorder": "array", "categoryarray": order, "showgrid": False},

@@ -1,10 +1,10 @@
 """Edits of every block by natural-gradient steps down the KL at the end: what depth and more text add to a closed form.
 
 Each step is one: where `v2` solves `C W = G` for states to imitate, this solves `C W F = G` for the slope of the KL
-with respect to the states, C the covariance of what a block's maps read and F that of the slopes (natural gradients,
-:cite:`amari1998natural`, by Kronecker factors, :cite:`martens2015optimizing`). So it needs no states to imitate, and
-serves experts of any shape. No weight of the base changes, but text after text is read: it stands between the closed
-form and training.
+with respect to the states, C the second moments of what a block's maps read and F those of the slopes (natural
+gradients, :cite:`amari1998natural`, by Kronecker factors, :cite:`martens2015optimizing`). So it needs no states to
+imitate, and serves experts of any shape. No weight of the base changes, but text after text is read: it stands between
+the closed form and training.
 """
 
 from __future__ import annotations

@@ -236,7 +236,7 @@ def _sweep(frame: pd.DataFrame, reported: pd.DataFrame | None, x: str, by: str, 
     if rows.loc[~rows["method"].isin(["identity"]), x].isna().any():
         caption.append(f"A flat dotted line has no {x} to choose.")
     if reported is not None:
-        caption.append("Hollow marks are the study's own figures, of its own models.")
+        caption.append("Hollow diamonds are the study's own figures, of its own models.")
     _finish(figure, title, alt, " ".join(filter(None, caption)), updatemenus=menus, above=30 + lift if menus else 8)
     figure.layout.template.data.scatter = [go.Scatter(
         mode="lines+markers", marker_size=8, hovertemplate=_HOVER.replace("PLACE", f"{x} %{{x}}%{{meta[3]}}"))]
@@ -325,7 +325,7 @@ def kl_vs_step(courses: pd.DataFrame, identity: float, title: str = "KL to the e
     height = template.layout.height + 19 * max(0, len(given) - 4)
     caption = [see, "The dashed line is the base without an adapter."]
     if (given.size() == 1).any():
-        caption.append("A large mark was solved at once.")
+        caption.append("A large mark is one point alone.")
     return _finish(figure, title, alt, " ".join(filter(None, caption)), above=38,
                    columns={"hover": ["step", "seconds"]}, updatemenus=menus, height=height)
 

@@ -16,7 +16,7 @@ from typing import Any
 WIDTH, HEIGHT, RIGHT, BASE = 480, 300, 16, 44  # pixels; on a telephone not much smaller
 INK = "#767676"  # readable on white and on black
 DASHES = {"dash": "8 5", "dot": "2 4", "dashdot": "8 4 2 4", "longdash": "12 5"}
-BYTES = {"f8": "d", "f4": "f", "i4": "i", "i2": "h", "i1": "b", "u1": "B"}
+BYTES = {"f8": "d", "f4": "f", "i4": "i", "i2": "h", "i1": "b", "u4": "I", "u2": "H", "u1": "B"}
 LETTER = 6.3  # pixels, in the mean
 THICK = 10  # pixels, of a node
 #: Around words that stand on bands of any colour, on a page of either theme.
@@ -48,8 +48,8 @@ class _Axis:
 
     def __init__(self, values: list[Any], told: dict[str, Any], start: float, end: float) -> None:
         self.start, self.end, self.log = start, end, told.get("type") == "log"
-        listed = told.get("type") == "category"
-        self.names = [*dict.fromkeys(_name(value) for value in values if listed or isinstance(value, str))]
+        listed = told.get("type") == "category" or any(isinstance(value, str) for value in values)
+        self.names = [*dict.fromkeys(map(_name, values))] if listed else []
         placed = [p for p in map(self._plain, values) if p is not None] or [0.0, 1.0]
         pad = 0.5 if self.names else 0.05 * (max(placed) - min(placed)) or 0.5
         ends = told.get("range") or (min(placed) - pad, max(placed) + pad)
@@ -203,7 +203,7 @@ def still(figure: dict[str, Any], label: str) -> str:
     layout, traces = figure.get("layout", {}), figure.get("data", [])
     traces = [one for one in traces if one.get("visible", True) is True]
     traces = [one for one in traces if (one.get("xaxis", "x"), one.get("yaxis", "y")) == ("x", "y")]
-    traces = [one | {side: _list(one[side]) for side in "xy" if side in one} for one in traces]
+    traces = [one | {side: _list(one[side]) for side in "xyz" if side in one} for one in traces]
     kinds = {"bar" if one.get("orientation") == "h" else "upright" if one.get("type") == "bar" else one.get("type")
              for one in traces}  # fmt: skip
     lines = re.split(r"<br\s*/?>", str(layout.get("title", {}).get("text") or ""))
@@ -214,9 +214,9 @@ def still(figure: dict[str, Any], label: str) -> str:
         and all(isinstance(one.get(side), list) for one in traces for side in "xy")
     ):
         drawn, height = _charted(traces, layout, top)
-    elif kinds == {"heatmap"}:
+    elif kinds == {"heatmap"} and isinstance(traces[0]["z"][0], list) and "colorscale" in layout.get("coloraxis", {}):
         drawn, height = _mapped(traces[0], layout, top)
-    elif kinds == {"sankey"}:
+    elif kinds == {"sankey"} and isinstance(traces[0]["link"].get("color"), list | tuple):
         drawn, height = _flowing(traces[0], top)
     else:
         return ""

@@ -197,7 +197,9 @@ def test_reduced_rank_beats_the_plain_cut_in_fitted_error(activations: Activatio
         error = target - x @ cut.down.double() @ cut.up.double()  # either keeps the intercept of the full map
         return float(error.square().sum())
 
+    values = torch.linalg.svdvals(target)
     for rank in (1, 4, 16):
+        assert lost("rrr", rank) == pytest.approx(float(values[rank:].square().sum()), rel=1e-3)
         assert lost("rrr", rank) < lost("ridge", rank)
 
 

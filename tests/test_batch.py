@@ -122,10 +122,14 @@ def test_what_cannot_be_published_ends_the_run_at_once(inside: Path, jobs: int) 
 
 
 def test_a_model_in_a_folder_is_found_from_where_the_command_is_called(inside: Path) -> None:
-    (inside / "mine").mkdir()
+    for folder in (inside / "mine", inside.parent / "theirs"):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    (inside / "pocket-phi").mkdir()  # no model
     says = "from pathlib import Path; Path(out_dir, 'base.txt').write_text(base)"
     write(inside / "notebooks", "4_write", PARAMETERS + "\nbase = 'pocket-base'", says)
-    for given, seen in (("mine", str(inside / "mine")), ("./mine", str(inside / "mine")), ("pocket-phi", "pocket-phi")):
+    told = {"mine": "../mine", "../theirs": str(inside.parent / "theirs"), "pocket-phi": "pocket-phi"}
+    for given, seen in told.items():
         run(["4_write"], "toy", {"base": given}, progress=False)
         assert (inside / "book" / "run" / "toy" / "base.txt").read_text() == seen
 

@@ -44,7 +44,7 @@
     const words = [trace.hovertemplate ?? common ?? ""].flat()[0].replace(/<[^>]*>/g, ", ");
     return [...words.matchAll(/([^,:=%{}]*)[ :=]*%\{customdata\[(\d+)\]/g)].map(([, name, at]) => [name.trim(), +at]);
   };
-  const NUMBERS = { f8: Float64Array, f4: Float32Array, i4: Int32Array, i2: Int16Array, i1: Int8Array, u1: Uint8Array };
+  const NUMBERS = { f8: Float64Array, f4: Float32Array, i4: Int32Array, i2: Int16Array, i1: Int8Array, u4: Uint32Array, u2: Uint16Array, u1: Uint8Array };
   const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer;
   const list = (values) => Array.from(values?.bdata ? new NUMBERS[values.dtype](bytes(values.bdata)) : (values ?? []));
   // Names that the figure gives go before those of axes and hover; what is called null is left out.
