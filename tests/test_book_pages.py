@@ -184,6 +184,14 @@ def test_a_still_reads_numbers_that_came_as_arrays() -> None:
     assert still(told, "two").count("<circle") == 2
 
 
+def test_a_figure_of_another_make_has_a_still_or_none() -> None:
+    mixed = go.Figure(go.Scatter(x=["base", 1, 2], y=np.array([1, 2, 3], "uint16"), mode="markers"))
+    assert still(json.loads(mixed.to_json()), "mixed").count("<circle") == 3
+    flow = go.Sankey(node={"label": [*"ab"]}, link={"source": [0], "target": [1], "value": [1]})
+    for trace in (go.Heatmap(z=[[1, 2], [3, 4]]), go.Heatmap(z=np.eye(3)), flow):
+        assert still(json.loads(go.Figure(trace).to_json()), "without colours") == ""
+
+
 def test_stacked_bars_of_a_still_begin_where_those_before_end() -> None:
     bars = [{"type": "bar", "orientation": "h", "x": x, "y": ["p", "q"]} for x in ([0.25, 0.5], [0.75, 0.5])]
     drawn = still({"data": bars, "layout": {"barmode": "stack"}}, "bars")
