@@ -98,7 +98,10 @@ def place(ids: Sequence[int], want: Sequence[int], size: int) -> int | None:
 
 
 def brute(expert: LanguageModel, base: LanguageModel, prompt: str, heal: int, depth: int) -> tuple[np.ndarray, float]:
-    """Every text of at most `depth` tokens: mass by place, and the mass of texts that do not end by then."""
+    """Every text of at most `depth` tokens: mass by place, and the mass of texts that do not end by then or hardly are.
+
+    Both are shares of what says what was cut, which may be little: then even texts that hardly are count for something.
+    """
     size, end = base.vocab_size, expert.tokenizer.eos_token_id
     pieces, want = token_bytes(expert.tokenizer), written(base.tokenizer, prompt)
     want = want[: max(0, len(want) - heal)]
@@ -107,7 +110,7 @@ def brute(expert: LanguageModel, base: LanguageModel, prompt: str, heal: int, de
     if start < 1:
         ids, start = ([] if ids[0] == end else [end]) + ids, 1
     cut = b"".join(pieces[i] or b"" for i in ids[start:])
-    total, texts = np.zeros(size + 2), [((), 1.0, b"")]
+    total, texts, least = np.zeros(size + 2), [((), 1.0, b"")], 0.0
     for _ in range(depth):
         if not texts:
             break
@@ -116,6 +119,7 @@ def brute(expert: LanguageModel, base: LanguageModel, prompt: str, heal: int, de
             chances = expert.model(rows).logits[:, -1, : expert.vocab_size].double().softmax(-1).numpy()
         longer = []
         for (path, mass, text), row in zip(texts, chances, strict=True):
+            least += mass * row[mass * row <= 1e-10].sum()
             for token in np.flatnonzero(mass * row > 1e-10).tolist():
                 said, share = text + (pieces[token] or b""), mass * row[token]
                 if not (said.startswith(cut) or cut.startswith(said)) or (
@@ -132,7 +136,7 @@ def brute(expert: LanguageModel, base: LanguageModel, prompt: str, heal: int, de
         texts = longer
     rest = sum(mass for _, mass, _ in texts)
     assume(total.sum() + rest > 1e-6)  # Else the expert hardly ever says what was cut.
-    return total / (total.sum() + rest), rest / (total.sum() + rest)
+    return total / (total.sum() + rest), (rest + least) / (total.sum() + rest)
 
 
 @QUIET
