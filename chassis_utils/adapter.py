@@ -24,7 +24,7 @@ from .files import replaceable, replacing
 from .foreign import ForeignExpert
 from .models import LanguageModel, Place, tensor_hash
 from .solve import ROWS, Gram, Heads, low_rank, ridge
-from .statistics import Statistics
+from .statistics import Statistics, room
 
 FORMAT = 3  # 2 knew neither tokenizer nor licence
 MOST_JSON, MOST_BYTES = 2**20, 2**35  #: No settings of an adapter are longer, no map to a vocabulary larger
@@ -354,7 +354,8 @@ def difference(
     if isinstance(a, Statistics):
         return *ridge(gram := a.train + a.held, lam), gram
     x = a.layer(layer) if features is None else features({place: a.layer(place) for place in features.places})
-    gram = Gram.of(x, torch.cat([a.expert_hidden, a.hidden[a.final]], dim=1))
+    y = torch.cat([a.expert_hidden, a.hidden[a.final]], dim=1)
+    gram = Gram.of(x, y, room(a.base, x.shape[1], y.shape[1], a.base.vocab_size))
     return *ridge(gram, lam), gram
 
 
@@ -366,7 +367,7 @@ def column_weights(a: Activations | Statistics) -> torch.Tensor:
     head = a.expert.readout
     some = a.kept[1][:, : head.weight.shape[1]] if isinstance(a, Statistics) else a.expert_hidden[:: len(a) // 2048 + 1]
     each = (head(part.to(head.weight.device)).softmax(-1).double() for part in some.split(ROWS))
-    weights = sum((p * (1 - p)).sum(0) for p in each).cpu() / len(some)
+    weights = sum((p * (1 - p)).sum(0) for p in each) / len(some)
     return weights.clamp(min=1e-6 * float(weights.mean()))
 
 
@@ -375,7 +376,7 @@ def _ridge(a: Activations, layer: int, lam: float, features: Features | None = N
     """Difference to base logits, all columns; lower ranks by plain SVD."""
     weight, bias, _ = difference(a, layer, lam, features)
     both, shift = heads(a)
-    return assembled(a, layer, low_rank(weight, None, both), bias @ both + shift, features=features)
+    return assembled(a, layer, low_rank(weight, None, both), bias @ both + shift.to(bias), features=features)
 
 
 @method("rrr")
@@ -387,7 +388,7 @@ def _rrr(a: Activations, layer: int, lam: float, features: Features | None = Non
         raise ChassisError(f"metric = '{metric}': choose data or kl")
     columns = column_weights(a) if metric == "kl" else None
     factors = low_rank(weight, gram.xx, both, columns)
-    return assembled(a, layer, factors, bias @ both + shift, info={"metric": metric}, features=features)
+    return assembled(a, layer, factors, bias @ both + shift.to(bias), info={"metric": metric}, features=features)
 
 
 @method("lens")

@@ -163,5 +163,5 @@ def _read_out(
     weight, bias = scaled_ridge(gram, lam)
     weights, (both, shift) = column_weights(stats) if metric == "kl" else None, heads(stats)
     factors = low_rank(weight, gram.xx, both, weights)
-    info = {"lam": lam, "held_out_kl": reached, "metric": metric}
-    return reached, assembled(stats, base.num_layers, factors, bias @ both + shift, features=features, info=info)
+    kind = {"features": features, "info": {"lam": lam, "held_out_kl": reached, "metric": metric}}
+    return reached, assembled(stats, base.num_layers, factors, bias @ both + shift.to(bias), **kind)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from .adapter import Adapter
 
 POCKET = Path(__file__).parent / "pocket"
-
 #: Where the final norm lives in the backbones of `transformers`.
 _NORM_NAMES = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm", "embedding_norm")
 

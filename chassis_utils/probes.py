@@ -13,10 +13,8 @@ from .errors import ChassisError
 
 TEXTS = Path(__file__).parent / "texts"
 SPLITS = ("train", "val", "test", "template", "text")
-
 #: Numbers of each split of the numbered templates: they begin where the study's do, and `test` has no end.
 NUMBERS = {"train": range(5000), "val": range(5000, 8000), "test": range(8000, 10**9)}
-
 #: name -> templates, used in turn: prompt number i takes template i % len. `{0}` is i, `{3}` is i + 3; see `_filled`.
 TEMPLATES: dict[str, list[str]] = json.loads(Path(__file__).with_name("templates.json").read_text(encoding="utf-8"))
 

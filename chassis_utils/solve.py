@@ -38,16 +38,16 @@ class Gram:
         return cls(0, *(torch.zeros(s, dtype=torch.float64, device=device) for s in shapes))
 
     @classmethod
-    def of(cls, x: torch.Tensor, y: torch.Tensor) -> Gram:
-        """Statistics of all rows at once (streamed in blocks inside)."""
-        return cls.zeros(x.shape[1], y.shape[1], x.device).update(x, y)
+    def of(cls, x: torch.Tensor, y: torch.Tensor, device: torch.device | None = None) -> Gram:
+        """Statistics of all rows at once (streamed in blocks inside), where the rows are unless told."""
+        return cls.zeros(x.shape[1], y.shape[1], device or x.device).update(x, y)
 
     def update(self, x: torch.Tensor, y: torch.Tensor) -> Gram:
         """Add rows `x (n, p)`, `y (n, q)`; returns itself. ChassisError: NaN, infinity, or numbers of rows differ."""
         if len(x) != len(y):
             raise ChassisError(f"{len(x)} rows of x but {len(y)} of y")
         for start in range(0, len(x), BLOCK):
-            a, b = x[start : start + BLOCK].double(), y[start : start + BLOCK].double()
+            a, b = (part[start : start + BLOCK].to(self.xx) for part in (x, y))
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
                 raise ChassisError(f"rows from {start} on hold NaN or infinity: harvest again in float32")
             self.n += len(a)
@@ -136,19 +136,19 @@ class Heads:
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         for strips in zip(*(weight.split(COLUMNS) for _, weight in self.parts), strict=True):
-            some = [factor * own.T.cpu().double() for (factor, _), own in zip(self.parts, strips, strict=True)]
+            some = [factor * own.T.double() for (factor, _), own in zip(self.parts, strips, strict=True)]
             yield torch.cat(some) if self.mean is None else torch.cat(some).sub_(self.mean)
 
     def __rmatmul__(self, left: torch.Tensor) -> torch.Tensor:
         """`left (..., k) @ J`, `(..., vocab)`, float32."""
         found = left.new_empty(*left.shape[:-1], len(self.parts[0][1]), dtype=torch.float32)
         for into, some in zip(found.split(COLUMNS, -1), self, strict=True):
-            into.copy_(left.double() @ some)
+            into.copy_(left.double() @ some.to(left.device))
         return found
 
     def centred(self) -> Heads:
         """Less their mean over the vocabulary: a constant there changes no probability."""
-        means = [factor * own.mean(0, dtype=torch.float64).cpu() for factor, own in self.parts]
+        means = [factor * own.mean(0, dtype=torch.float64) for factor, own in self.parts]
         return Heads(self.parts, torch.cat(means)[:, None])
 
     def squares(self, columns: torch.Tensor | None = None) -> torch.Tensor:
@@ -171,18 +171,18 @@ def low_rank(
     """
     weight, root, back = weight.double(), None, None
     if basis is not None:
-        values, vectors = torch.linalg.eigh(basis.squares(columns))
+        values, vectors = torch.linalg.eigh(basis.squares(columns).to(weight.device))
         # Directions that no column sees cannot be told apart from rounding.
         keep = values > values.max() * 1e-14
         size, vectors = values[keep].sqrt(), vectors[:, keep]
         weight, back = weight @ (vectors * size), (vectors / size).T
     if metric is not None and weight.shape[0] > weight.shape[1]:
-        squares, right = torch.linalg.eigh(weight.T @ (metric.double() @ weight))
+        squares, right = torch.linalg.eigh(weight.T @ (metric.to(weight) @ weight))
         right, values = right.flip(1), squares.flip(0).clamp(min=0).sqrt()
         up = right.T if back is None else (right.T @ back) @ basis
         return weight @ right, up, values
     if metric is not None:
-        values, vectors = torch.linalg.eigh(metric.double())
+        values, vectors = torch.linalg.eigh(metric.to(weight))
         # Directions without data cannot be seen in the fit; they get no part in the factors.
         keep = values > values.max() * 1e-14
         size, vectors = values[keep].sqrt(), vectors[:, keep]

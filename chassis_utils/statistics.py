@@ -76,10 +76,10 @@ def gather(
         raise ChassisError(f"'{probes.name}' has one prompt, and every eighth is held out: give two or more")
     p, q = sum(features.sizes(base)), base.hidden_size
     q += expert.readout.weight.shape[1] if layer == base.num_layers else 0
-    _check_memory(p, q, base.vocab_size if layer == base.num_layers else 0)
-    wanted = [*dict.fromkeys([*features.places, layer])]
-    train, held = (Gram.zeros(p, q) for _ in range(2))
-    hashes, kept = torch.tensor(probes.hashes), (torch.zeros(0, p), torch.zeros(0, q), torch.zeros(0, dtype=torch.long))
+    device = room(base, p, q, base.vocab_size if layer == base.num_layers else 0)
+    wanted, hashes = [*dict.fromkeys([*features.places, layer])], torch.tensor(probes.hashes)
+    train, held = (Gram.zeros(p, q, device) for _ in range(2))
+    kept = (torch.zeros(0, p, device=device), torch.zeros(0, q, device=device), torch.zeros(0, dtype=torch.long))
     bar = tqdm(total=len(ids), desc=f"{base.name} and {expert.name}, layer {layer}", disable=not progress, leave=False)
     for batch, tokens, mask in batched(ids, batch_tokens):
         real = mask.bool()
@@ -98,7 +98,7 @@ def gather(
         if not (good := torch.isfinite(x).all(1) & torch.isfinite(y).all(1)).all():
             what = f"{base.name} or {expert.name} gives NaN or infinity on prompt {int(prompt[~good.cpu()][0])}"
             raise ChassisError(f"{what} of '{probes.name}': try dtype float32, or leave that prompt out")
-        x, y, out = x.cpu(), y.cpu(), prompt % fold == fold - 1
+        x, y, out = x.to(device), y.to(device), prompt % fold == fold - 1
         train.update(x[~out], y[~out])
         held.update(x[out], y[out])
         kept = _least(kept, (x[out], y[out], _keys(hashes[prompt], mask.cumsum(1)[real])[out]))
@@ -128,10 +128,15 @@ def same_shape(base: LanguageModel, expert: Expert) -> bool:
     return alike and expert.hidden_size == base.hidden_size
 
 
-def _check_memory(p: int, q: int, vocab: int) -> None:
-    """Five times the sums (two sets, total, two to solve with), rows, heads, a map to them, logits."""
-    wanted = 8 * (5 * p * (p + q) + 2 * KEPT * (p + q)) + 4 * vocab * (2 * q + 6 * ROWS)
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if wanted > 0.8 * free:
+def room(base: LanguageModel, p: int, q: int, vocab: int) -> torch.device:
+    """Where to add up and solve: the base's GPU if that has room, else the processor; ChassisError: nor has that."""
+    # Five times the sums (two sets, total, two to solve with), rows, heads, a map to them, logits.
+    wanted, gpu = 8 * (5 * p * (p + q) + 2 * KEPT * (p + q)) + 4 * vocab * (2 * q + 6 * ROWS), base.device
+    if gpu.type == "cuda":
+        freed = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+        if wanted < 0.8 * (torch.cuda.mem_get_info(gpu)[0] + freed):
+            return gpu
+    if wanted > 0.8 * (free := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
         sizes = f"{wanted / 2**30:.1f} GiB to gather and to solve, on a machine of {free / 2**30:.1f} GiB"
         raise ChassisError(f"{p:,} features need {sizes}: read fewer places, or fewer random features")
+    return torch.device("cpu")

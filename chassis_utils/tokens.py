@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from .errors import ChassisError
 
 Pieces = list[bytes | None]
-
 _PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
 _SHIFTED = iter(range(256, 324))
 #: Ways to write one byte as a token. ByT5: the Latin-1 character. GPT-2 and tiktoken: printable Latin-1 as itself, the

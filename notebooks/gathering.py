@@ -169,7 +169,8 @@ def _write(shard: Shard, sums: Statistics) -> None:
     """Write a shard's sums with its key."""
     tensors = {"n": torch.tensor([sums.train.n, sums.held.n])}
     tensors |= {f"{name}.{part}": getattr(getattr(sums, name), part) for name in ("train", "held") for part in SUMS}
-    write_tensors(shard.path, tensors | {f"kept.{i}": part for i, part in enumerate(sums.kept)}, shard.whole_key)
+    tensors |= {f"kept.{i}": part for i, part in enumerate(sums.kept)}
+    write_tensors(shard.path, {name: part.cpu() for name, part in tensors.items()}, shard.whole_key)
 
 
 def _read(shard: Shard, values: bool = True) -> dict[str, torch.Tensor] | str:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from conftest import refused
 
 from chassis_utils import LanguageModel, Probes, fit, harvest, solve, token_bytes
 from chassis_utils.activations import tokenize
-from chassis_utils.statistics import _check_memory
+from chassis_utils.statistics import KEPT, room
 from chassis_utils.tokens import text_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -73,10 +74,24 @@ def test_figures_of_other_parts_stay(tmp_path: Path) -> None:
         bench.keep(path, one=1)
 
 
-def test_the_vocabulary_counts_in_what_memory_allows() -> None:
-    _check_memory(8, 8, 0)
+def test_sums_lie_on_the_gpu_where_that_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = SimpleNamespace(device=torch.device("cuda", 0))
+    wanted = 8 * (5 * 1024 * 2048 + 2 * KEPT * 2048)
+    for free, held, used, where in (
+        (2 * wanted, 0, 0, "cuda"),
+        (wanted // 2, 0, 0, "cpu"),
+        (wanted // 2, 2 * wanted, wanted // 2, "cuda"),  # what this process has let go of is as good as free
+        (wanted // 2, 2 * wanted, 2 * wanted, "cpu"),
+    ):
+        for name, value in (("mem_get_info", (free, free)), ("memory_reserved", held), ("memory_allocated", used)):
+            monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+        assert room(base, 1024, 1024, 0).type == where
+
+
+def test_the_vocabulary_counts_in_what_memory_allows(base: LanguageModel) -> None:
+    assert room(base, 8, 8, 0).type == "cpu"
     with refused("8 features", "GiB"):
-        _check_memory(8, 8, 10**10)
+        room(base, 8, 8, 10**10)
 
 
 def test_the_search_and_the_cut_name_the_same_first_token() -> None:
