@@ -15,19 +15,19 @@ from transformers import AutoConfig
 # Before this folder, where another file is called `costs`.
 sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
 from costpage import size, span
-from costs import Device, Rates, Shape, bill, mixed, shape, sizes
+from costs import Device, Rates, Shape, bill, reached, shape, sizes, today
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "book" / "ahead.md"
-TOKENS, RANK, UTILISATION, THREADS = 100_000, 64, 0.4, 8
+TOKENS, RANK, THREADS = 100_000, 64, 8
 PHI = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "num_attention_heads": 32}
 PHI |= {"num_key_value_heads": 32, "vocab_size": 51200, "max_position_embeddings": 2048, "partial_rotary_factor": 0.4}
 ADA, AMPERE = "NVIDIA's whitepaper {cite}`nvidia2022ada`", "NVIDIA's whitepaper {cite}`nvidia2020ampere`"
-#: Dense peaks: half precision with sums in single, double precision, bandwidth, memory.
+#: Dense peaks: half precision with sums in single, single, double precision, bandwidth, memory.
 CARDS = (
-    Device("RTX 4070 Ti 12 GB", 80.2e12, 0.627e12, 504e9, 12e9, ADA),
-    Device("RTX 3090 24 GB", 71e12, 0.556e12, 936e9, 24e9, AMPERE),
-    Device("RTX 4090 24 GB", 165.2e12, 1.29e12, 1008e9, 24e9, ADA),
+    Device("RTX 4070 Ti 12 GB", 80.2e12, 40.1e12, 0.627e12, 504e9, 12e9, ADA),
+    Device("RTX 3090 24 GB", 71e12, 35.6e12, 0.556e12, 936e9, 24e9, AMPERE),
+    Device("RTX 4090 24 GB", 165.2e12, 82.6e12, 1.29e12, 1008e9, 24e9, ADA),
 )
 
 
@@ -39,12 +39,28 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def told() -> str:
-    """Both tables and what is assumed."""
+    """What is measured, both tables of what is predicted, and what these assume."""
     tiny = shape("TinyLlama 1.1B")
     phi = shape(AutoConfig.for_model("phi", **PHI))
-    kept = json.loads((ROOT / "notebooks" / "costs.json").read_text(encoding="utf-8"))
+    kept, gpu = (json.loads((ROOT / "notebooks" / f"{n}.json").read_text(encoding="utf-8")) for n in ("costs", "gpu"))
     host = Rates("one thread", kept["rates"])
-    return "\n\n".join([_bytes(tiny, phi), _times(tiny, phi, host), _assumed()]) + "\n"
+    return "\n\n".join([_measured(gpu), _bytes(tiny, phi), _times(tiny, phi, host, gpu), _assumed(gpu)]) + "\n"
+
+
+def _measured(gpu: dict) -> str:
+    """Seconds and bytes of one card, at TinyLlama's dimensions and at the width of a 70B Llama."""
+    setting, (edited,) = gpu["setting"], gpu["v2"]
+    rows = [[f"measured on one {setting['device']}", "tokens", "seconds", "memory of the GPU"]]
+    heads = ("TinyLlama", gpu["tinyllama"]), ("two blocks of Llama 3 70B", gpu["wide"])
+    for name, part in heads:
+        for row in part:
+            host = row["stage"].endswith("processor")
+            stage = row["stage"].replace("the processor", f"{setting['threads']} threads of its host")
+            held = "" if host else size(row["held_bytes"] + row["peak_bytes"])
+            rows.append([f"{name}: {stage}", f"{row['tokens']:,}", f"{row['seconds']:.2f}", held])
+    held = size(edited["held_bytes"] + edited["peak_bytes"])
+    rows.insert(1 + len(gpu["tinyllama"]), ["TinyLlama: v2", f"{edited['tokens']:,}", f"{edited['seconds']:.0f}", held])
+    return table(rows)
 
 
 def _bytes(tiny: Shape, phi: Shape) -> str:
@@ -61,27 +77,32 @@ def _bytes(tiny: Shape, phi: Shape) -> str:
     return table(rows)
 
 
-def _times(tiny: Shape, phi: Shape, host: Rates) -> str:
-    rows = [[f"{TOKENS:,} tokens", *(card.name for card in CARDS)]]
-    ways = [mixed(card.rates(UTILISATION), host, THREADS) for card in CARDS]
+def _times(tiny: Shape, phi: Shape, host: Rates, gpu: dict) -> str:
+    rows = [[f"{TOKENS:,} tokens, predicted", *(card.name for card in CARDS)]]
+    _, shares = reached(gpu)
     for family in ("final layer", "v2"):
+        own = [card.rates(shares) for card in CARDS]
+        ways = [
+            today(card, rates, host, THREADS, tiny, tiny, TOKENS, family)
+            for card, rates in zip(CARDS, own, strict=True)
+        ]
         bills = [bill(tiny, tiny, TOKENS, way, family=family) for way in ways]
         rows.append([f"TinyLlama and its relative, {family}", *(span(sum(one.seconds)) for one in bills)])
-        passes = [
-            sum(s for stage, s in zip(one.stages, one.seconds, strict=True) if stage.name.startswith("forward"))
-            for one in bills
-        ]
-        rows.append(["of it passes of both models, on the GPU", *map(span, passes)])
-    flops = tiny.forward(TOKENS) + phi.forward(TOKENS)
-    rows.append(["TinyLlama and Phi-2, passes of both", *(span(flops / (UTILISATION * card.half)) for card in CARDS)])
+        places = ("GPU" if way is rates else "host" for way, rates in zip(ways, own, strict=True))
+        rows.append(["its sums are added up on", *places])
+    flops, (_, share) = tiny.forward(TOKENS) + phi.forward(TOKENS), shares["forward"][0]
+    rows.append(["TinyLlama and Phi-2, passes of both", *(span(flops / (share * card.half)) for card in CARDS)])
     return table(rows)
 
 
-def _assumed() -> str:
+def _assumed(gpu: dict) -> str:
+    device, shares = reached(gpu)
     cards = "; ".join(f"{card.name}, {card.half / 1e12:g} TFLOP/s ({card.source})" for card in CARDS)
     return (
-        f"Assumed: {UTILISATION:g} of the peaks of {cards}; prompts of 256 tokens; sums and solves on {THREADS} "
-        "threads of the machine, each as fast as the one that page 23 was measured with."
+        f"Assumed: each card reaches the share of its peaks that the {device.name} did: {shares['forward'][0][1]:.2f} "
+        f"of {cards} in passes, {shares['product'][-1][1]:.2f} of its peak in double precision in large products; "
+        f"prompts of 256 tokens; where the GPU has no room, sums and solves on {THREADS} threads of the machine, each "
+        "as fast as the one that page 23 was measured with."
     )
 
 

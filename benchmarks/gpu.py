@@ -20,6 +20,7 @@ from scale import LENGTH, SHAPES, TINYLLAMA, Shape, random_model, turned, words
 from chassis_utils import ChassisError, Features, LanguageModel, evaluate, fit, gather, harvest, load, probe_set
 from chassis_utils import adapter as adapters
 from chassis_utils import statistics as summed
+from costs import PASSES
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "gpu.json"
 PARTS = ("same", "rates", "tinyllama", "v2", "wide")
@@ -100,13 +101,15 @@ def rates(device: torch.device, tokens: int) -> list[dict[str, Any]]:
     for size in (2048, 4096, 8192):
         half = torch.randn(8192, size, device=device, dtype=torch.bfloat16)
         add("product, bfloat16", size, 2.0 * 8192 * size * size, lambda half=half: half @ half[: half.shape[1]])
+        plain = half.float()
+        add("product, float32", size, 2.0 * 8192 * size * size, lambda plain=plain: plain @ plain[: plain.shape[1]])
         x = torch.randn(8192, size, device=device, dtype=torch.float64)
         square = x.T @ x
         add("product, float64", size, 2.0 * 8192 * size * size, lambda x=x: x.T @ x)
         add("Cholesky, float64", size, size**3 / 3, lambda square=square: torch.linalg.cholesky_ex(square))
         add("eigenproblem, float64 (cubes)", size, float(size) ** 3, lambda square=square: torch.linalg.eigh(square))
-    plain = torch.randn(1 << 28, device=device)
-    add("bytes copied", 1 << 28, 8.0 * (1 << 28), lambda: plain.clone())
+    many = torch.randn(1 << 28, device=device)
+    add("bytes copied", 1 << 28, 8.0 * (1 << 28), lambda: many.clone())
     return found
 
 
@@ -136,7 +139,7 @@ def family(
 
     bare([one.model for one in both], batches[:1])
     add("bare passes of both models", lambda: bare([one.model for one in both], batches))
-    add("the same without heads", lambda: bare([one.backbone for one in both], batches))
+    add(PASSES, lambda: bare([one.backbone for one in both], batches))
     for way in ways:
         where = f", sums on the {way}"
         with on_the_processor() if way == "processor" else nullcontext():
@@ -192,7 +195,7 @@ def main() -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ChassisError("torch sees no GPU here: these figures are of one")
     about = setting() | {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else args.device}
-    keep(args.out, setting=about | {"length": LENGTH})
+    keep(args.out, setting=about | {"length": LENGTH, "judged": JUDGED})
     calls = {"same": same, "rates": rates, "tinyllama": tinyllama, "v2": v2, "wide": wide}
     for part in args.parts:
         print(part, flush=True)

@@ -16,7 +16,7 @@ from chassis_utils import ChassisError, LanguageModel, Probes
 from chassis_utils.activations import batched, tokenize
 from chassis_utils.metrics import ratio_bounds
 from chassis_utils.statistics import FOLD
-from costs import BATCH, DEVICES, LENGTH, Rates, Shape, bill, overhead, sizes, stages
+from costs import BATCH, LENGTH, PASSES, Device, Rates, Shape, bill, overhead, reached, shape, sizes, stages, today
 from crowd import Costs
 from curves import drawn, interval, laws
 from plots import GREY, PALETTE, _buttons, _dropdowns, _finish, _numbers, _owned
@@ -112,6 +112,62 @@ def again(told: Mapping[str, Any], rates: Rates, one: Shape, family: str) -> pd.
     return against(predicted(rates, one, one, family, **about), runs)
 
 
+def on_card(told: Mapping[str, Any]) -> pd.DataFrame:
+    """What `gpu.json` measured, beside what is predicted from the shares of peaks that it reached; a row a part.
+
+    `gather` is passes and sums, `fit` all that is solved and judged. The wide model has its blocks cut to two.
+    """
+    device, shares = reached(told)
+    rates, tiny, large = device.rates(shares), shape("TinyLlama 1.1B"), shape("Llama 3 70B")
+    two = replace(large, blocks=large.blocks[:2])
+    seconds = {(row["stage"], row["layers"], row["tokens"]): row for row in (*told["tinyllama"], *told["wide"])}
+    (edited,) = told["v2"]
+    sums = "sums on the card"
+    parts = []
+    for name, one, depth in (("TinyLlama 1.1B", tiny, tiny.layers), ("two blocks of Llama 3 70B", two, 2)):
+        for tokens in sorted({n for _, layers, n in seconds if layers == depth}):
+            both = [seconds[f"{stage}, {sums}", depth, tokens]["seconds"] for stage in ("gather", "fit")]
+            parts.append((name, one, "final layer", tokens, both))
+    both = [edited["gather_seconds"], edited["seconds"] - edited["gather_seconds"]]
+    parts.append(("TinyLlama 1.1B", tiny, "v2", edited["tokens"], both))
+    rows = []
+    for name, one, family, tokens, both in parts:
+        ahead = predicted(rates, one, one, family, tokens=tokens, padding=1.0, length=told["setting"]["length"])
+        gathering = sum(ahead[stage] for stage in ("forward", "rows", "sums"))
+        for part, ours, took in zip(("gather", "fit"), (gathering, sum(ahead.values()) - gathering), both, strict=True):
+            near = "near" if NEAR[0] <= ours / took <= NEAR[1] else "off"
+            row = {"model": name, "family": family, "tokens": tokens, "part": part, "predicted": ours}
+            rows.append(row | {"measured": took, "ratio": ours / took, "outcome": near})
+    return pd.DataFrame(rows)
+
+
+def told_of_card(told: Mapping[str, Any]) -> dict[str, str]:
+    """Figures of `gpu.json` that a text names: sums on card and processor, ratios to bare passes, v2, memory."""
+    rows = {(row["stage"], row["tokens"]): row for row in told["tinyllama"]}
+    few, many = (sorted({n for _, n in rows})[i] for i in (0, -1))
+    card, host = (
+        [rows[f"{stage}, sums on the {where}", few]["seconds"] for stage in ("gather", "fit")]
+        for where in ("card", "processor")
+    )
+    bare, lean = rows["bare passes of both models", many], rows[PASSES, many]
+    passed = 1 + told["setting"]["judged"]  # bare passes are of the text that is judged too
+    table = next(row for (stage, n), row in rows.items() if "table" in stage and n == many)
+    ours = rows["gather, sums on the card", many]["seconds"] + rows["fit, sums on the card", many]["seconds"]
+    (edited,) = told["v2"]
+    far = max(abs(row["against_processor"]) for row in told["same"])
+    return {
+        "card": told["setting"]["device"], "few": f"{few:,}", "many": f"{many:,}",
+        "threads": str(told["setting"]["threads"]), "gather": f"{card[0]:.2g}", "fit": f"{card[1]:.2g}",
+        "gather_host": f"{host[0]:.2g}", "fit_host": f"{host[1]:.2g}",
+        "gather_over": f"{rows['gather, sums on the card', many]['seconds'] * passed / bare['seconds']:.2f}",
+        "gather_over_lean": f"{rows['gather, sums on the card', many]['seconds'] * passed / lean['seconds']:.2f}",
+        "all_over": f"{(ours + table['seconds']) / bare['seconds']:.2f}",
+        "v2": f"{edited['seconds']:.0f}", "v2_gather": f"{edited['gather_seconds']:.0f}",
+        "v2_memory": size(edited["held_bytes"] + edited["peak_bytes"]), "far": f"{far:.1%}",
+        "again": "to the bit" if not any(row["against_again"] for row in told["same"]) else "not to the bit",
+    }  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------ where time goes
 
 
@@ -184,26 +240,26 @@ def where(
 
 
 def invoice(
-    shapes: Mapping[str, Shape], each: float, here: Rates, today: Rates, ahead: Rates, device: str, rate: float
+    shapes: Mapping[str, Shape], each: float, here: Rates, card: Rates, threads: int, device: Device, rate: float
 ) -> pd.DataFrame:  # fmt: skip
     """What a plug fitted on so many tokens a feature takes, one row a model and family.
 
-    FLOPs, time of one thread here, hours of a device whose host adds up as `today`, of one that does all as `ahead`,
-    how many of it hold the weights, and money for the hours of today.
+    FLOPs, time of one thread here, hours of a device and where the sums are then (as `today`), hours if the device had
+    room for them, how many hold the weights, and money for the hours of today.
     """
     rows = []
     for name, one in shapes.items():
         for family, features in (("final layer", one.hidden), ("v2", 2 * one.hidden + one.blocks[-1].inputs)):
             tokens = max(2 * LENGTH, round(each * features))
-            several = {
-                key: bill(one, one, tokens, rates, rate, family, device=DEVICES[device])
-                for key, rates in (("here", here), ("today", today), ("ahead", ahead))
-            }
-            own, now, then = several.values()
+            placed = today(device, card, here, threads, one, one, tokens, family)
+            own, now, then = (
+                bill(one, one, tokens, rates, rate, family, device=device) for rates in (here, placed, card)
+            )
             rows.append(
                 {"model": name, "family": family, "features": features, "tokens": tokens}
                 | {"FLOPs": sum(stage.flops for stage in own.stages), "one thread here": span(3600 * own.hours)}
-                | {"device-hours": now.hours, "if all on it": then.hours}
+                | {"device-hours": now.hours, "sums": "device" if placed is card else "host"}
+                | {"if it had room": then.hours}
                 | {"devices for the weights": now.devices, "money": now.money}
             )
     return pd.DataFrame(rows)

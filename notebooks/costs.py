@@ -2,7 +2,7 @@
 
 Shapes are read off the model's own code, built without memory for its weights; what the stages of a fit compute is
 counted from the package's code. Seconds are operations over rates, which are measured (`calibration.py`) or a data
-sheet's peak times a share of it that is assumed.
+sheet's peak times the share of it that was reached on a card that was measured (`benchmarks/gpu.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +36,7 @@ _MIXTURE = {
     "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
     "vocab_size": 163840, "max_position_embeddings": 131072, "tie_word_embeddings": False,
 }  # fmt: skip
+PASSES = "the same without heads"  #: What `gpu.json` calls passes of both models
 #: Name -> where its dimensions are published, and the dimensions: nothing is downloaded.
 PRESETS: dict[str, tuple[str, dict]] = {
     "TinyLlama 1.1B": (
@@ -205,9 +207,9 @@ def _inputs(model: nn.Module, blocks: nn.ModuleList) -> list[int]:
 
 # -------------------------------------------------------------------------------------------- stages
 
-#: What work is counted in; all but `forward`, `readout` and `stream` is in float64.
+#: What work is counted in; all but `forward`, `readout` (float32) and `stream` is in float64.
 KINDS = {
-    "forward": "FLOPs of passes", "readout": "FLOPs of products with a head", "product": "FLOPs of products",
+    "forward": "FLOPs of passes", "readout": "FLOPs of products with a head or an edit", "product": "FLOPs of products",
     "cholesky": "FLOPs of Cholesky factors and their solves", "eigen": "cubes of the sizes of eigenproblems",
     "compare": "logits compared", "test": "numbers looked through for NaN", "turn": "numbers turned to rows",
     "stream": "bytes read and written",
@@ -290,7 +292,8 @@ def _v2(base: Shape, expert: Shape, tokens: float, padded: float, length: float,
         yield name, Work("forward", flops, h)
     there = [2.0 * padded * h * (p + h) for p in edits]  # edits run along on the way
     before = [0.0, *accumulate(there)]
-    yield "forward, base", Work("forward", sum(before[n] for n in range(depth)) + before[depth], h)
+    # Their maps are in float32, whatever the model is in.
+    yield "forward, base", Work("readout", sum(before[n] for n in range(depth)) + before[depth], h)
     for p in edits:
         yield ("rows", *_rows(p, h, tokens))
         yield ("sums", *_sums(p, h, tokens))
@@ -452,40 +455,79 @@ class Device:
 
     name: str
     half: float  #: FLOP/s in bfloat16
+    single: float  #: FLOP/s in float32, as `torch` has it: no shorter numbers inside
     double: float  #: FLOP/s in float64
     bandwidth: float  #: Bytes a second
     memory: float  #: Bytes
     source: str
 
-    def rates(self, utilisation: float, solving: float | None = None) -> Rates:
-        """Peaks times a share that is reached, which is assumed: `utilisation` of products, `solving` of float64 work.
-
-        ChassisError: a share outside of what is above 0 and at most 1.
-        """
-        solving = utilisation if solving is None else solving
-        if not (0 < utilisation <= 1 and 0 < solving <= 1):
-            raise ChassisError(f"utilisation {utilisation} and {solving}: give shares above 0, at most 1")
-        found = dict.fromkeys(("forward", "readout"), self.half * utilisation)
-        found |= dict.fromkeys(("product", "cholesky"), self.double * solving)
-        found |= {"eigen": self.double * solving / 9, "stream": self.bandwidth * utilisation}
+    @property
+    def peaks(self) -> dict[str, float]:
+        """The most of each kind of work in a second; the maps of heads and edits are in float32."""
+        found = {"forward": self.half, "readout": self.single, "stream": self.bandwidth, "eigen": self.double / 9}
+        found |= dict.fromkeys(("product", "cholesky"), self.double)
         # Ten numbers of eight bytes move for a logit, two for one that is looked at or turned.
-        found["compare"] = self.bandwidth * utilisation / 80
-        found |= dict.fromkeys(("test", "turn"), self.bandwidth * utilisation / 16)
-        return Rates(self.name, {kind: [(1.0, rate)] for kind, rate in found.items()})
+        return found | {"compare": self.bandwidth / 80} | dict.fromkeys(("test", "turn"), self.bandwidth / 16)
+
+    def rates(self, shares: Mapping[str, Sequence[tuple[float, float]]]) -> Rates:
+        """Its peaks times shares of them `(size, share)`, by kind of work; ChassisError: not above 0, or above 1."""
+        if odd := [share for rows in shares.values() for _, share in rows if not 0 < share <= 1]:
+            raise ChassisError(f"a share of {odd[0]:g} of a peak: give shares above 0, at most 1")
+        peaks = self.peaks
+        return Rates(self.name, {kind: [(n, peaks[kind] * one) for n, one in rows] for kind, rows in shares.items()})
 
 
 DEVICES = {
-    "A100 80 GB": Device("A100 80 GB", 312e12, 19.5e12, 2.039e12, 80e9, "NVIDIA A100 data sheet, SXM, dense"),
-    "H100 80 GB": Device("H100 80 GB", 989e12, 67e12, 3.35e12, 80e9, "NVIDIA H100 data sheet, SXM, dense"),
+    one.name: one
+    for one in (
+        Device("A100 80 GB", 312e12, 19.5e12, 19.5e12, 2.039e12, 80e9, "NVIDIA A100 data sheet, SXM, dense"),
+        Device("H100 80 GB", 989e12, 67e12, 67e12, 3.35e12, 80e9, "NVIDIA H100 data sheet, SXM, dense"),
+        Device("H200 141 GB", 989e12, 67e12, 67e12, 4.8e12, 141e9, "NVIDIA H200 data sheet, SXM, dense"),
+    )
 }
+_MEASURED = {
+    "product, float32": "readout", "product, float64": "product", "Cholesky, float64": "cholesky",
+    "eigenproblem, float64 (cubes)": "eigen", "bytes copied": "stream",
+}  # fmt: skip
+
+
+def reached(told: Mapping[str, Any]) -> tuple[Device, dict[str, list[tuple[float, float]]]]:
+    """The card that `gpu.json` was measured on, and the shares of its peaks that it reached, by kind of work and size.
+
+    Passes are those of both models at TinyLlama's dimensions. What was not measured is taken to reach what is like it:
+    float32 products what float64 ones do, and all that moves numbers what a copy does.
+    """
+    device = next(one for one in DEVICES.values() if one.name.split()[0] in told["setting"]["device"])
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in told["rates"]:
+        if kind := _MEASURED.get(row["what"]):
+            found.setdefault(kind, []).append((float(row["size"]), row["rate"] / device.peaks[kind]))
+    one, row = shape("TinyLlama 1.1B"), next(row for row in told["tinyllama"] if row["stage"] == PASSES)
+    passed = 2 * one.forward(row["tokens"] * (1 + told["setting"]["judged"]), told["setting"]["length"])
+    found["forward"] = [(float(one.hidden), passed / row["seconds"] / device.half)]
+    found.setdefault("readout", found["product"])
+    return device, found | dict.fromkeys(("compare", "test", "turn"), found["stream"])
 
 
 def mixed(device: Rates, host: Rates, threads: int = 1) -> Rates:
-    """As the package is today: passes on the device, sums and what is solved from them on the host's threads."""
+    """Passes and heads on the device, and what is in float64 on the host's threads: where the device lacks room."""
     if threads < 1:
         raise ChassisError(f"{threads} threads: give one or more")
     own = {kind: [(size, rate * threads) for size, rate in rows] for kind, rows in host.measured.items()}
-    return Rates(f"{device.name}, sums on {threads} threads", own | {"forward": device.measured["forward"]})
+    there = {kind: device.measured[kind] for kind in ("forward", "readout", "compare")}
+    return Rates(f"{device.name}, sums on {threads} threads", own | there)
+
+
+def today(
+    device: Device, rates: Rates, host: Rates, threads: int, base: Shape, expert: Shape, tokens: int, family: str
+) -> Rates:
+    """As the package has it: sums and solves on the device if it has room for them beside the weights, or `mixed`.
+
+    Weights in bfloat16; of a device that cannot hold them, several share them, and none is left with room.
+    """
+    free = device.memory - 2.0 * (base.parameters + expert.parameters)
+    wanted = sizes(base, expert, tokens, 1, family)["peak of the fit"]
+    return rates if wanted < 0.8 * free else mixed(rates, host, threads)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,23 @@ from transformers import AutoConfig
 import costs
 from chassis_utils import Features, LanguageModel, Probes, fit, gather, harvest, load
 from costpage import predicted, size, span
-from costs import DEVICES, KINDS, PRESETS, Rates, Shape, Work, bill, mixed, overhead, shape, sizes, stages
+from costs import (
+    DEVICES,
+    KINDS,
+    PASSES,
+    PRESETS,
+    Rates,
+    Shape,
+    Work,
+    bill,
+    mixed,
+    overhead,
+    reached,
+    shape,
+    sizes,
+    stages,
+    today,
+)
 from crowd import Costs, makespan, speedups
 from curves import Law, curve, drawn, interval, law, laws, losses
 
@@ -126,8 +143,33 @@ def test_rates_lie_on_a_line_in_logs_and_end_where_they_were_measured() -> None:
     rates = Rates("two", FLAT.measured | {"product": [(100.0, 1e9), (400.0, 4e9)]})
     told = [rates(Work("product", 1.0, size)) for size in (1.0, 100.0, 200.0, 400.0, 1e6)]
     assert told == pytest.approx([1e9, 1e9, 2e9, 4e9, 4e9])
-    both = mixed(DEVICES["H100 80 GB"].rates(0.5), rates, 8)
+    half = DEVICES["H100 80 GB"].rates({kind: [(1.0, 0.5)] for kind in KINDS})
+    both = mixed(half, rates, 8)
     assert both(Work("product", 1.0, 400.0)) == 32e9 and both(Work("forward", 1.0, 1.0)) == 989e12 / 2
+    assert half(Work("product", 1.0, 1.0)) == half(Work("readout", 1.0, 1.0)) == 67e12 / 2
+
+
+def test_sums_are_where_a_device_has_room_for_them() -> None:
+    device, one = DEVICES["H100 80 GB"], shape("TinyLlama 1.1B")
+    card = device.rates({kind: [(1.0, 0.5)] for kind in KINDS})
+    needs = sizes(one, one, 10**5, 1, "v2")["peak of the fit"]
+    for memory, there in ((4 * one.parameters + 1.3 * needs, True), (4 * one.parameters + 1.2 * needs, False)):
+        rates = today(replace(device, memory=memory), card, FLAT, 4, one, one, 10**5, "v2")
+        assert (rates is card) == there
+    assert today(device, card, FLAT, 4, *2 * [shape("Llama 3 70B")], 10**5, "final layer") is not card
+
+
+def test_shares_of_a_card_give_back_what_was_measured() -> None:
+    told = json.loads((Path(costs.__file__).with_name("gpu.json")).read_text())
+    device, shares = reached(told)
+    assert device.name.split()[0] in told["setting"]["device"] and {*shares} == {*KINDS}
+    rates = device.rates(shares)
+    for row in told["rates"]:
+        if row["what"] == "Cholesky, float64":
+            assert rates(Work("cholesky", 1.0, float(row["size"]))) == pytest.approx(row["rate"])
+    one, passes = shape("TinyLlama 1.1B"), next(row for row in told["tinyllama"] if row["stage"] == PASSES)
+    work = Work("forward", 2 * one.forward(passes["tokens"] * 1.125, 128), float(one.hidden))
+    assert work.amount / rates(work) == pytest.approx(passes["seconds"])
 
 
 def test_predictions_are_kept_apart_by_stage() -> None:
@@ -154,8 +196,8 @@ def test_bad_questions_get_one_line(tmp_path: Path) -> None:
         stages(one, two, 1000, "v2")
     with refused("rank 0"):
         sizes(one, one, 1000, 0)
-    with refused("utilisation"):
-        DEVICES["A100 80 GB"].rates(1.5)
+    with refused("share", "1.5"):
+        DEVICES["A100 80 GB"].rates({"forward": [(1.0, 1.5)]})
     with refused("rate -1"):
         bill(one, one, 1000, FLAT, -1)
     with refused("no rate for"):
