@@ -40,6 +40,7 @@ def span(seconds: float) -> str:
 
 def size(number: float, unit: str = "B") -> str:
     """A number of bytes, or of something else, with its thousands by letter."""
+    number = float(f"{number:.3g}")  # what rounds up to the next letter is told by that
     for letter, one in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= one:
             return f"{number / one:.3g} {letter}{unit}"
@@ -139,6 +140,40 @@ def on_card(told: Mapping[str, Any]) -> pd.DataFrame:
             row = {"model": name, "family": family, "tokens": tokens, "part": part, "predicted": ours}
             rows.append(row | {"measured": took, "ratio": ours / took, "outcome": near})
     return pd.DataFrame(rows)
+
+
+def at_scale(told: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
+    """What `scale.json` holds, as tables by caption: stages at their largest size, carried on, families, memory."""
+    stages_there, onward, families, peaks = [], [], [], []
+    for row in told["checks"]:
+        held = row["peak_in_units"][-1] * row["unit_bytes"] if row["peak_in_units"] else math.nan
+        bounds = f"{row['predicted']:.3g} ({row['low']:.3g} to {row['high']:.3g})"
+        stages_there.append(
+            {"stage": row["stage"], "hidden": f"{row['largest']:,}", "GFLOP/s": f"{row['gflops']:.0f}"}
+            | {"seconds": f"{row['seconds']:.3g}", "from smaller sizes": bounds, "memory more": size(held)}
+        )
+    for model, both in told["carried"].items():
+        for family, found in both.items():
+            total = found["total"]
+            ends = f"{span(total['seconds'])} ({span(total['low'])} to {span(total['high'])})"
+            onward.append({"model": model, "family": family, "FLOPs": f"{total['operations']:.3g}", "one thread": ends})
+    measured = told["families"]
+    for name, quotients in measured["ratios"].items():
+        family, below = name.split(" / ")
+        ends = f"{statistics.median(quotients):.2f} ({min(quotients):.2f} to {max(quotients):.2f})"
+        families.append({"family": family, "over": below, "quotient": ends})
+    for row in measured["memory"]:
+        grown = {"tokens": f"{row['tokens']:,}", "16 times": f"{row['tokens_large']:,}", "ratio": f"{row['ratio']:.2f}"}
+        peaks.append({"way": row["way"]} | grown)
+    wide = pd.DataFrame(families).pivot(index="family", columns="over", values="quotient")
+    wide = wide.loc[[*dict.fromkeys(row["family"] for row in families)]].rename_axis(columns=None).reset_index()
+    about = f"One thread, {told['setting']['total']:,} tokens, with 95% intervals of a power law by stage"
+    return {
+        "One thread, random weights in TinyLlama's proportions: every stage, and predicted": pd.DataFrame(stages_there),
+        about: pd.DataFrame(onward),
+        "Harvest, fit and table of six ranks on the pocket models, over bare passes of both": wide,
+        "Peak memory of a process at 16 times the tokens, over the peak at once": pd.DataFrame(peaks),
+    }
 
 
 def told_of_card(told: Mapping[str, Any]) -> dict[str, str]:

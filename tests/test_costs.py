@@ -275,5 +275,5 @@ def test_friction_bounds_what_workers_bring() -> None:
 
 def test_times_and_sizes_are_told_in_units() -> None:
     assert [span(x) for x in (0.5, 120, 7200, 2e5, 1e8)] == ["0.5 s", "2 min", "2 h", "2.3 days", "3.2 years"]
-    assert [size(x) for x in (12, 2e9)] == ["12 B", "2 GB"]
+    assert [size(x) for x in (12, 2e9, 999.9e6)] == ["12 B", "2 GB", "1 GB"]
     assert {"Llama", "Phi", "Mixtral"} <= ARCHITECTURES.keys()
