@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import astuple
 from pathlib import Path
 from queue import SimpleQueue
@@ -196,6 +197,10 @@ def engine(told: Callable[[], dict[str, str]], workers: int = 0, scheduler: str 
             raise ChassisError(f"workers unlike this machine: {'; '.join(wrong)}: give all the same")
         if not answers:
             print(f"chassis: no worker at {scheduler} yet: cells wait for one", file=sys.stderr)
+        if scheduler is not None:  # workers of our own are begun again when they are lost
+            ended = threading.Event()
+            stack.callback(ended.set)
+            threading.Thread(target=_watch, args=(client, scheduler, bool(answers), ended), daemon=True).start()
         print(f"dashboard: {client.dashboard_link}", flush=True)
         # Not pure: a cell that is tried again is another call.
         try:
@@ -203,6 +208,16 @@ def engine(told: Callable[[], dict[str, str]], workers: int = 0, scheduler: str 
         finally:
             # That workers are ended now is worth no line.
             logging.getLogger("distributed").setLevel(logging.CRITICAL)
+
+
+def _watch(client: Any, scheduler: str, there: bool, ended: threading.Event) -> None:
+    """Say when the last worker has gone, and when one has come: nothing else tells why nothing happens."""
+    while not ended.wait(PATIENCE):
+        with suppress(Exception):  # a scheduler that is lost is told by whoever waits for what it runs
+            if there != bool(client.scheduler_info(n_workers=1)["workers"]):
+                there = not there
+                what = "a worker has come to" if there else "no worker is left at"
+                print(f"chassis: {what} {scheduler}{'' if there else ': cells wait for one'}", file=sys.stderr)
 
 
 def memory() -> int | None:

@@ -253,7 +253,7 @@ def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamesp
         return launch("worker", address, "--host", "127.0.0.1", "--nthreads", "1", "--no-dashboard", "--name", name,
                       "--memory-limit", "3GiB", **env)  # fmt: skip
 
-    yield SimpleNamespace(address=address, worker=worker, process=running[0])
+    yield SimpleNamespace(address=address, worker=worker, process=running[0], running=running)
     for process in reversed(running):
         process.kill()
         process.communicate()
@@ -290,6 +290,24 @@ def test_a_worker_of_other_versions_is_refused_by_name(
         grid.run("plain.yml", scheduler=scheduler.address)
     process.kill()
     assert not ran(inside)
+
+
+def test_a_grid_whose_workers_have_all_gone_says_so_and_goes_on_with_the_next(
+    plain: SimpleNamespace, scheduler: SimpleNamespace, inside: Path
+) -> None:
+    scheduler.worker("first")
+    (inside / "hold").touch()
+    command = start(inside, "plain.yml", "--scheduler", scheduler.address)
+    until(lambda: "1" in ran(inside), command)
+    for process in scheduler.running[1:]:
+        process.kill()
+    wrong = iter(command.stderr.readline, "")
+    assert f"chassis: no worker is left at {scheduler.address}: cells wait for one\n" in wrong
+    (inside / "hold").unlink()
+    scheduler.worker("second")
+    assert f"chassis: a worker has come to {scheduler.address}\n" in wrong
+    assert command.wait(180) == 0
+    equal(plain.out, inside / "book/run/toy/grid/plain")
 
 
 def test_a_scheduler_that_is_lost_is_told_and_nothing_is_lost(plain: SimpleNamespace, scheduler: SimpleNamespace,
