@@ -1,6 +1,7 @@
-"""What the page on one's own GPU tells ahead: bytes and times by the model of cost (`notebooks/costs.py`).
+"""What the page on one's own GPU tells ahead: what one card took, and bytes and times by the model of cost.
 
-Nothing is measured or downloaded; written to `book/ahead.md`, which the page includes. python benchmarks/ahead.py
+Nothing is measured or downloaded: `notebooks/gpu.json` holds the card, `notebooks/costs.py` the model. Written to
+`book/ahead.md`, which the page includes. python benchmarks/ahead.py
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from transformers import AutoConfig
 # Before this folder, where another file is called `costs`.
 sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
 from costpage import size, span
-from costs import Device, Rates, Shape, bill, reached, shape, sizes, today
+from costs import Device, Rates, Shape, bill, mixed, reached, shape, sizes, today
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "book" / "ahead.md"
@@ -51,7 +52,7 @@ def _measured(gpu: dict) -> str:
     """Seconds and bytes of one card, at TinyLlama's dimensions and at the width of a 70B Llama."""
     setting, (edited,) = gpu["setting"], gpu["v2"]
     rows = [[f"measured on one {setting['device']}", "tokens", "seconds", "memory of the GPU"]]
-    heads = ("TinyLlama", gpu["tinyllama"]), ("two blocks of Llama 3 70B", gpu["wide"])
+    heads = ("TinyLlama", gpu["tinyllama"]), ("two blocks of a 70B Llama", gpu["wide"])
     for name, part in heads:
         for row in part:
             host = row["stage"].endswith("processor")
@@ -67,11 +68,11 @@ def _bytes(tiny: Shape, phi: Shape) -> str:
     rows = [["", "TinyLlama and its relative", "TinyLlama and Phi-2"]]
     both = [(tiny, family) for family in ("final layer", "v2")]
     weights = [size(2.0 * (tiny.parameters + expert.parameters)) for expert in (tiny, phi)]
-    rows.append(["weights, two bytes a number: to download, and on the GPU", *weights])
+    rows.append(["weights, two bytes a number: to download, and on the GPU, heads twice as large once more", *weights])
     peaks = [sizes(tiny, expert, TOKENS, RANK, family)["peak of the fit"] for expert, family in both]
     far = sizes(tiny, phi, TOKENS, RANK)["shards"]
-    rows.append(["memory of the machine, fit of the final layer", size(peaks[0]), "not counted"])
-    rows.append(["memory of the machine, v2", size(peaks[1]), "has none"])
+    rows.append(["a fit of the final layer, on the GPU where it has room", size(peaks[0]), "not counted"])
+    rows.append(["v2, likewise", size(peaks[1]), "has none"])
     shards = sizes(tiny, tiny, TOKENS, RANK)["shards"]
     rows.append([f"disk, states of {TOKENS:,} tokens that `harvest` keeps", size(shards), size(far)])
     return table(rows)
@@ -79,17 +80,19 @@ def _bytes(tiny: Shape, phi: Shape) -> str:
 
 def _times(tiny: Shape, phi: Shape, host: Rates, gpu: dict) -> str:
     rows = [[f"{TOKENS:,} tokens, predicted", *(card.name for card in CARDS)]]
-    _, shares = reached(gpu)
+    device, shares = reached(gpu)
+    own = [card.rates(shares, device) for card in CARDS]
     for family in ("final layer", "v2"):
-        own = [card.rates(shares) for card in CARDS]
-        ways = [
+        name = f"TinyLlama and its relative, {family}"
+        both = {"the GPU": own, f"{THREADS} threads": [mixed(rates, host, THREADS) for rates in own]}
+        for where, ways in both.items():
+            bills = [bill(tiny, tiny, TOKENS, way, family=family) for way in ways]
+            rows.append([f"{name}, sums on {where}", *(span(sum(one.seconds)) for one in bills)])
+        there = (
             today(card, rates, host, THREADS, tiny, tiny, TOKENS, family)
             for card, rates in zip(CARDS, own, strict=True)
-        ]
-        bills = [bill(tiny, tiny, TOKENS, way, family=family) for way in ways]
-        rows.append([f"TinyLlama and its relative, {family}", *(span(sum(one.seconds)) for one in bills)])
-        places = ("GPU" if way is rates else "host" for way, rates in zip(ways, own, strict=True))
-        rows.append(["its sums are added up on", *places])
+        )
+        rows.append(["where they are", *("GPU" if a is b else "threads" for a, b in zip(there, own, strict=True))])
     flops, (_, share) = tiny.forward(TOKENS) + phi.forward(TOKENS), shares["forward"][0]
     rows.append(["TinyLlama and Phi-2, passes of both", *(span(flops / (share * card.half)) for card in CARDS)])
     return table(rows)
@@ -97,12 +100,17 @@ def _times(tiny: Shape, phi: Shape, host: Rates, gpu: dict) -> str:
 
 def _assumed(gpu: dict) -> str:
     device, shares = reached(gpu)
-    cards = "; ".join(f"{card.name}, {card.half / 1e12:g} TFLOP/s ({card.source})" for card in CARDS)
+    passes, products = shares["forward"][0][1], shares["product"][-1][1]
+    cards = "\n".join(
+        f"- {card.name}: {card.half / 1e12:g} TFLOP/s in half precision, {card.double / 1e12:.2g} in double "
+        f"({card.source})"
+        for card in CARDS
+    )
     return (
-        f"Assumed: each card reaches the share of its peaks that the {device.name} did: {shares['forward'][0][1]:.2f} "
-        f"of {cards} in passes, {shares['product'][-1][1]:.2f} of its peak in double precision in large products; "
-        f"prompts of 256 tokens; where the GPU has no room, sums and solves on {THREADS} threads of the machine, each "
-        "as fast as the one that page 23 was measured with."
+        f"Assumed: prompts of 256 tokens; of their peaks the cards reach what the {device.name} did, {passes:.2f} in "
+        f"passes and {products:.2f} in large products; Cholesky and eigenproblems reach that too, or go as fast as on "
+        f"the {device.name}, whichever is slower; each of {THREADS} threads is as fast as the one that page 23 was "
+        f"measured with, and none hinders another. Peaks:\n\n{cards}"
     )
 
 

@@ -4,6 +4,7 @@ python benchmarks/gpu.py [--parts same rates tinyllama v2 wide] [--tokens 131072
 """
 
 import argparse
+import json
 import statistics as numbers
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -195,7 +196,14 @@ def main() -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ChassisError("torch sees no GPU here: these figures are of one")
     about = setting() | {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else args.device}
-    keep(args.out, setting=about | {"length": LENGTH, "judged": JUDGED})
+    about |= {"length": LENGTH, "judged": JUDGED}
+    kept = json.loads(args.out.read_text()) if args.out.exists() and {*args.parts} < {*PARTS} else {}
+    if kept and kept.get("setting") != about:
+        there = kept.get("setting", {})
+        raise ChassisError(
+            f"{args.out} is of {there.get('device')}, torch {there.get('torch')}: measure all parts, or give --out"
+        )
+    keep(args.out, setting=about)
     calls = {"same": same, "rates": rates, "tinyllama": tinyllama, "v2": v2, "wide": wide}
     for part in args.parts:
         print(part, flush=True)

@@ -122,7 +122,7 @@ class Adapter(Exchange):
 
     def to(self, device: torch.device | str) -> Adapter:
         """The same adapter on another device."""
-        moved = {k: t.to(device) for k in ("down", "up", "bias", "columns") if (t := getattr(self, k)) is not None}
+        moved = {k: t.to(device) for k, t in vars(self).items() if isinstance(t, torch.Tensor)}
         return replace(self, **moved, edits=tuple(edit.to(device) for edit in self.edits))
 
     @classmethod
@@ -283,7 +283,7 @@ def fit(
         lam: ridge penalty on the sum of squares, 1e-3 unless given; `v2` chooses its own, as a share of the rows.
         **options: of the method; `fit` names those that a method does not know.
 
-    ChassisError: unknown method or option, a layer not harvested, a rank or K out of range, a singular system.
+    ChassisError: an unknown method, option, layer or rank, more than memory holds, or a singular system.
     """
     from . import distill  # noqa: F401  it registers v2, and needs this module
 
@@ -332,13 +332,14 @@ def assembled(
     return Adapter("", layer, down, up, bias, a.base.name, a.base.head_hash, values=values, **kind)
 
 
-def heads(a: Activations | Statistics) -> tuple[Heads, torch.Tensor]:
+def heads(a: Activations | Statistics, device: torch.device | str = "cpu") -> tuple[Heads, torch.Tensor]:
     """`J (expert hidden + hidden, vocab)` and `j (vocab,)`: expert minus base logits, before any cap, are `y J + j`.
 
     y is the expert's and the base's final state side by side. Both parts are centred over the vocabulary.
     """
     theirs, own = a.expert.readout, a.base.readout
-    both, shift = Heads(((1.0, theirs.weight), (-1.0, own.weight))), theirs.shift.double() - own.shift.double()
+    both = Heads(((1.0, theirs.weight), (-1.0, own.weight)), device=device)
+    shift = (theirs.shift.double() - own.shift.double()).to(device)
     # Under a cap a constant over the vocabulary counts; elsewhere it would only cost rank.
     return (both.centred(), shift - shift.mean()) if own.softcap is None else (both, shift)
 
@@ -375,20 +376,20 @@ def column_weights(a: Activations | Statistics) -> torch.Tensor:
 def _ridge(a: Activations, layer: int, lam: float, features: Features | None = None) -> Adapter:
     """Difference to base logits, all columns; lower ranks by plain SVD."""
     weight, bias, _ = difference(a, layer, lam, features)
-    both, shift = heads(a)
-    return assembled(a, layer, low_rank(weight, None, both), bias @ both + shift.to(bias), features=features)
+    both, shift = heads(a, bias.device)
+    return assembled(a, layer, low_rank(weight, None, both), bias @ both + shift, features=features)
 
 
 @method("rrr")
 def _rrr(a: Activations, layer: int, lam: float, features: Features | None = None, metric: str = "data") -> Adapter:
     """Difference to base logits, all columns; lower ranks optimal for the fitted error, or for `kl` about so."""
     weight, bias, gram = difference(a, layer, lam, features)
-    both, shift = heads(a)
+    both, shift = heads(a, bias.device)
     if metric not in ("data", "kl"):
         raise ChassisError(f"metric = '{metric}': choose data or kl")
     columns = column_weights(a) if metric == "kl" else None
     factors = low_rank(weight, gram.xx, both, columns)
-    return assembled(a, layer, factors, bias @ both + shift.to(bias), info={"metric": metric}, features=features)
+    return assembled(a, layer, factors, bias @ both + shift, info={"metric": metric}, features=features)
 
 
 @method("lens")

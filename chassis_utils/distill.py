@@ -161,7 +161,7 @@ def _read_out(
     reached, lam, columns, features = min(tried, key=lambda one: one[0])
     gram = (stats.train + stats.held).part(columns)
     weight, bias = scaled_ridge(gram, lam)
-    weights, (both, shift) = column_weights(stats) if metric == "kl" else None, heads(stats)
+    weights, (both, shift) = column_weights(stats) if metric == "kl" else None, heads(stats, bias.device)
     factors = low_rank(weight, gram.xx, both, weights)
     kind = {"features": features, "info": {"lam": lam, "held_out_kl": reached, "metric": metric}}
-    return reached, assembled(stats, base.num_layers, factors, bias @ both + shift.to(bias), **kind)
+    return reached, assembled(stats, base.num_layers, factors, bias @ both + shift, **kind)

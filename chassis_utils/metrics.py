@@ -22,7 +22,7 @@ BLOCK = 500_000  # logits a block, which stay in a processor's cache; a GPU, ask
 
 def kl(expert_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """KL(expert || adapted) of each row, nats, float64: `(n, vocab)`, `(n, vocab)` to `(n,)`; some rows at a time."""
-    step, found = max(1, (BLOCK << 4 * logits.is_cuda) // logits.shape[-1]), []
+    step, found = max(1, (16 * BLOCK if logits.is_cuda else BLOCK) // logits.shape[-1]), []
     for pair in zip(expert_logits.split(step), logits.split(step), strict=True):
         p, q = (part.double().log_softmax(-1) for part in pair)
         found.append((p.exp() * (p - q)).sum(-1))
@@ -106,7 +106,7 @@ def _several(given: Any, kind: Any, name: str, wanted: str) -> list[Any]:
 
 def blocks(a: Activations) -> Iterator[tuple[slice, dict[Place, torch.Tensor], torch.Tensor]]:
     """Some rows at a time, the base's states there `(m, size)`, and the expert's logits `(m, vocab)`."""
-    step = max(1, (BLOCK << 4 * a.base.readout.weight.is_cuda) // a.base.vocab_size)
+    step = max(1, (16 * BLOCK if a.base.device.type == "cuda" else BLOCK) // a.base.vocab_size)
     for rows in (slice(start, start + step) for start in range(0, len(a), step)):
         hidden = {place: state[rows].to(a.base.device) for place, state in a.hidden.items()}
         yield rows, hidden, a.expert.readout(a.expert_hidden[rows].to(a.base.device))

@@ -201,8 +201,7 @@ class Port:
 
     def _active(self, kind: Any) -> list[_Weighted]:
         """What is in use of a kind, in the order it was plugged in: the order of a choice changes nothing."""
-        chosen = ((name, plug) for name, plug in self.plugs.items() if self._weights.get(name))
-        several = [(plug, self._weights[name] * self._strengths[name]) for name, plug in chosen]
+        several = [(plug, self._weights.get(name, 0.0) * self._strengths[name]) for name, plug in self.plugs.items()]
         return [_Weighted(plug, weight) for plug, weight in several if isinstance(plug, kind) and weight]
 
     def _install(self) -> None:
@@ -211,9 +210,8 @@ class Port:
             base, final, active = self.base, self.base.num_layers, self._active(Adapter)
             edits = tuple(_Weighted(edit, one.weight) for one in active for edit in one.edits)
             self._adding, self._twin.edits = active, edits
-            places = {place for one in active for place in one.reads} - {final}
-            noted = {place for edit in edits for place in (edit.changes, *edit.reads)} | places | {final}
-            if (noted := frozenset(noted if active else ())) == self._noted:
+            noted = {p for e in edits for p in (e.changes, *e.reads)} | {p for one in active for p in one.reads}
+            if (noted := frozenset(noted | {final} if active else ())) == self._noted:
                 return
             self._hooks.close()
             self._noted = noted

@@ -63,7 +63,7 @@ class Gram:
 
     def __add__(self, other: Gram) -> Gram:
         """Statistics of both sets of rows."""
-        return Gram(*(getattr(self, f) + getattr(other, f) for f in ("n", "x", "y", "xx", "xy")))
+        return Gram(self.n + other.n, *(getattr(self, f) + getattr(other, f).to(self.x) for f in "x y xx xy".split()))
 
     def part(self, columns: torch.Tensor) -> Gram:
         """Only those columns of x."""
@@ -133,27 +133,28 @@ class Heads:
 
     parts: tuple[tuple[float, torch.Tensor], ...]  #: Factor and weight `(vocab, hidden)` of each
     mean: torch.Tensor | None = None  #: `(k, 1)`, taken from every column
+    device: torch.device | str = "cpu"  #: Where columns are made and multiplied: that of the sums
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         for strips in zip(*(weight.split(COLUMNS) for _, weight in self.parts), strict=True):
-            some = [factor * own.T.double() for (factor, _), own in zip(self.parts, strips, strict=True)]
+            some = [f * own.T.to(self.device, torch.float64) for (f, _), own in zip(self.parts, strips, strict=True)]
             yield torch.cat(some) if self.mean is None else torch.cat(some).sub_(self.mean)
 
     def __rmatmul__(self, left: torch.Tensor) -> torch.Tensor:
         """`left (..., k) @ J`, `(..., vocab)`, float32."""
         found = left.new_empty(*left.shape[:-1], len(self.parts[0][1]), dtype=torch.float32)
         for into, some in zip(found.split(COLUMNS, -1), self, strict=True):
-            into.copy_(left.double() @ some.to(left.device))
+            into.copy_(left.double() @ some)
         return found
 
     def centred(self) -> Heads:
         """Less their mean over the vocabulary: a constant there changes no probability."""
-        means = [factor * own.mean(0, dtype=torch.float64) for factor, own in self.parts]
-        return Heads(self.parts, torch.cat(means)[:, None])
+        means = [factor * own.mean(0, dtype=torch.float64).to(self.device) for factor, own in self.parts]
+        return Heads(self.parts, torch.cat(means)[:, None], self.device)
 
     def squares(self, columns: torch.Tensor | None = None) -> torch.Tensor:
         """`J D J' (k, k)` for weights `D (vocab,)` of the columns."""
-        weights = repeat(1.0) if columns is None else columns.double().split(COLUMNS)
+        weights = repeat(1.0) if columns is None else columns.to(self.device, torch.float64).split(COLUMNS)
         return sum((some * weight) @ some.T for some, weight in zip(self, weights, strict=False))
 
 
@@ -171,7 +172,7 @@ def low_rank(
     """
     weight, root, back = weight.double(), None, None
     if basis is not None:
-        values, vectors = torch.linalg.eigh(basis.squares(columns).to(weight.device))
+        values, vectors = torch.linalg.eigh(basis.squares(columns))
         # Directions that no column sees cannot be told apart from rounding.
         keep = values > values.max() * 1e-14
         size, vectors = values[keep].sqrt(), vectors[:, keep]

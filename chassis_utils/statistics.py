@@ -117,7 +117,7 @@ def _keys(hashes: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
 
 def _least(*several: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """The `KEPT` rows of least key of several (x, y, keys), in order of key: the same however they came together."""
-    whole = [torch.cat(parts) for parts in zip(*several, strict=True)]
+    whole = [torch.cat([part.to(parts[0].device) for part in parts]) for parts in zip(*several, strict=True)]
     order = whole[-1].argsort(stable=True)[:KEPT]
     return tuple(part[order] for part in whole)
 

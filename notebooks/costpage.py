@@ -16,7 +16,7 @@ from chassis_utils import ChassisError, LanguageModel, Probes
 from chassis_utils.activations import batched, tokenize
 from chassis_utils.metrics import ratio_bounds
 from chassis_utils.statistics import FOLD
-from costs import BATCH, LENGTH, PASSES, Device, Rates, Shape, bill, overhead, reached, shape, sizes, stages, today
+from costs import BATCH, LENGTH, Device, Rates, Shape, bill, overhead, reached, shape, sizes, stages, today
 from crowd import Costs
 from curves import drawn, interval, laws
 from plots import GREY, PALETTE, _buttons, _dropdowns, _finish, _numbers, _owned
@@ -116,16 +116,16 @@ def again(told: Mapping[str, Any], rates: Rates, one: Shape, family: str) -> pd.
 def on_card(told: Mapping[str, Any]) -> pd.DataFrame:
     """What `gpu.json` measured, beside what is predicted from the shares of peaks that it reached; a row a part.
 
-    `gather` is passes and sums, `fit` all that is solved and judged. The wide model has its blocks cut to two.
+    `gather` is passes and sums, `fit` all that is solved and judged.
     """
     device, shares = reached(told)
     rates, tiny, large = device.rates(shares), shape("TinyLlama 1.1B"), shape("Llama 3 70B")
-    two = replace(large, blocks=large.blocks[:2])
+    two = replace(large, blocks=large.blocks[:2], vocab=128_000)  # as `scale.py` rounds it
     seconds = {(row["stage"], row["layers"], row["tokens"]): row for row in (*told["tinyllama"], *told["wide"])}
     (edited,) = told["v2"]
     sums = "sums on the card"
     parts = []
-    for name, one, depth in (("TinyLlama 1.1B", tiny, tiny.layers), ("two blocks of Llama 3 70B", two, 2)):
+    for name, one, depth in (("TinyLlama 1.1B", tiny, tiny.layers), ("two blocks of a 70B Llama", two, 2)):
         for tokens in sorted({n for _, layers, n in seconds if layers == depth}):
             both = [seconds[f"{stage}, {sums}", depth, tokens]["seconds"] for stage in ("gather", "fit")]
             parts.append((name, one, "final layer", tokens, both))
@@ -146,11 +146,11 @@ def at_scale(told: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     """What `scale.json` holds, as tables by caption: stages at their largest size, carried on, families, memory."""
     stages_there, onward, families, peaks = [], [], [], []
     for row in told["checks"]:
-        held = row["peak_in_units"][-1] * row["unit_bytes"] if row["peak_in_units"] else math.nan
+        held = size(row["peak_in_units"][-1] * row["unit_bytes"]) if row["peak_in_units"] else "–"
         bounds = f"{row['predicted']:.3g} ({row['low']:.3g} to {row['high']:.3g})"
         stages_there.append(
             {"stage": row["stage"], "hidden": f"{row['largest']:,}", "GFLOP/s": f"{row['gflops']:.0f}"}
-            | {"seconds": f"{row['seconds']:.3g}", "from smaller sizes": bounds, "memory more": size(held)}
+            | {"seconds": f"{row['seconds']:.3g}", "from smaller sizes": bounds, "memory more": held}
         )
     for model, both in told["carried"].items():
         for family, found in both.items():
@@ -167,9 +167,9 @@ def at_scale(told: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
         peaks.append({"way": row["way"]} | grown)
     wide = pd.DataFrame(families).pivot(index="family", columns="over", values="quotient")
     wide = wide.loc[[*dict.fromkeys(row["family"] for row in families)]].rename_axis(columns=None).reset_index()
-    about = f"One thread, {told['setting']['total']:,} tokens, with 95% intervals of a power law by stage"
+    about = f"One thread, {told['setting']['total']:,} tokens, carried on by stage; all stages at their bounds at once"
     return {
-        "One thread, random weights in TinyLlama's proportions: every stage, and predicted": pd.DataFrame(stages_there),
+        "One thread, random weights, every stage; from smaller sizes with 95%": pd.DataFrame(stages_there),
         about: pd.DataFrame(onward),
         "Harvest, fit and table of six ranks on the pocket models, over bare passes of both": wide,
         "Peak memory of a process at 16 times the tokens, over the peak at once": pd.DataFrame(peaks),
@@ -184,7 +184,7 @@ def told_of_card(told: Mapping[str, Any]) -> dict[str, str]:
         [rows[f"{stage}, sums on the {where}", few]["seconds"] for stage in ("gather", "fit")]
         for where in ("card", "processor")
     )
-    bare, lean = rows["bare passes of both models", many], rows[PASSES, many]
+    bare = rows["bare passes of both models", many]
     passed = 1 + told["setting"]["judged"]  # bare passes are of the text that is judged too
     table = next(row for (stage, n), row in rows.items() if "table" in stage and n == many)
     ours = rows["gather, sums on the card", many]["seconds"] + rows["fit, sums on the card", many]["seconds"]
@@ -195,11 +195,11 @@ def told_of_card(told: Mapping[str, Any]) -> dict[str, str]:
         "threads": str(told["setting"]["threads"]), "gather": f"{card[0]:.2g}", "fit": f"{card[1]:.2g}",
         "gather_host": f"{host[0]:.2g}", "fit_host": f"{host[1]:.2g}",
         "gather_over": f"{rows['gather, sums on the card', many]['seconds'] * passed / bare['seconds']:.2f}",
-        "gather_over_lean": f"{rows['gather, sums on the card', many]['seconds'] * passed / lean['seconds']:.2f}",
         "all_over": f"{(ours + table['seconds']) / bare['seconds']:.2f}",
         "v2": f"{edited['seconds']:.0f}", "v2_gather": f"{edited['gather_seconds']:.0f}",
         "v2_memory": size(edited["held_bytes"] + edited["peak_bytes"]), "far": f"{far:.1%}",
-        "again": "to the bit" if not any(row["against_again"] for row in told["same"]) else "not to the bit",
+        "again": "differs" if any(row["against_again"] for row in told["same"]) else "is the same in every digit",
+        "length": str(told["setting"]["length"]), "held": f"1/{1 / told['setting']['judged']:.0f}",
     }  # fmt: skip
 
 

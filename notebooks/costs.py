@@ -469,12 +469,19 @@ class Device:
         # Ten numbers of eight bytes move for a logit, two for one that is looked at or turned.
         return found | {"compare": self.bandwidth / 80} | dict.fromkeys(("test", "turn"), self.bandwidth / 16)
 
-    def rates(self, shares: Mapping[str, Sequence[tuple[float, float]]]) -> Rates:
-        """Its peaks times shares of them `(size, share)`, by kind of work; ChassisError: not above 0, or above 1."""
+    def rates(self, shares: Mapping[str, Sequence[tuple[float, float]]], of: Device | None = None) -> Rates:
+        """Its peaks times shares of them `(size, share)`, by kind of work; ChassisError: not above 0, or above 1.
+
+        `of` is the card that reached them, if it was another. Where Cholesky and eigenproblems kept that one waiting,
+        they do not keep a weaker one: it goes as fast as the other did, or reaches the share of its largest products.
+        """
         if odd := [share for rows in shares.values() for _, share in rows if not 0 < share <= 1]:
             raise ChassisError(f"a share of {odd[0]:g} of a peak: give shares above 0, at most 1")
-        peaks = self.peaks
-        return Rates(self.name, {kind: [(n, peaks[kind] * one) for n, one in rows] for kind, rows in shares.items()})
+        peaks, other, top = self.peaks, (of or self).peaks, max(share for _, share in shares["product"])
+        found = {kind: [(n, peaks[kind] * one) for n, one in rows] for kind, rows in shares.items()}
+        for kind in ("cholesky", "eigen"):
+            found[kind] = [(n, min(other[kind] * one, peaks[kind] * max(one, top))) for n, one in shares[kind]]
+        return Rates(self.name, found)
 
 
 DEVICES = {
@@ -495,9 +502,12 @@ def reached(told: Mapping[str, Any]) -> tuple[Device, dict[str, list[tuple[float
     """The card that `gpu.json` was measured on, and the shares of its peaks that it reached, by kind of work and size.
 
     Passes are those of both models at TinyLlama's dimensions. What was not measured is taken to reach what is like it:
-    float32 products what float64 ones do, and all that moves numbers what a copy does.
+    float32 products what float64 ones do, and all that moves numbers what a copy does. ChassisError: an unknown card.
     """
-    device = next(one for one in DEVICES.values() if one.name.split()[0] in told["setting"]["device"])
+    words = told["setting"]["device"].split()
+    if (device := next((one for one in DEVICES.values() if one.name.split()[0] in words), None)) is None:
+        known = ", ".join(DEVICES)
+        raise ChassisError(f"{' '.join(words)} has no data sheet here (known: {known}): add it to DEVICES in costs.py")
     found: dict[str, list[tuple[float, float]]] = {}
     for row in told["rates"]:
         if kind := _MEASURED.get(row["what"]):
@@ -510,7 +520,7 @@ def reached(told: Mapping[str, Any]) -> tuple[Device, dict[str, list[tuple[float
 
 
 def mixed(device: Rates, host: Rates, threads: int = 1) -> Rates:
-    """Passes and heads on the device, and what is in float64 on the host's threads: where the device lacks room."""
+    """Passes and what judges them on the device, sums and solves on the host's threads: where the device lacks room."""
     if threads < 1:
         raise ChassisError(f"{threads} threads: give one or more")
     own = {kind: [(size, rate * threads) for size, rate in rows] for kind, rows in host.measured.items()}
@@ -521,11 +531,14 @@ def mixed(device: Rates, host: Rates, threads: int = 1) -> Rates:
 def today(
     device: Device, rates: Rates, host: Rates, threads: int, base: Shape, expert: Shape, tokens: int, family: str
 ) -> Rates:
-    """As the package has it: sums and solves on the device if it has room for them beside the weights, or `mixed`.
+    """As the package has it: sums and solves on the device if it has room for them beside the models, or `mixed`.
 
-    Weights in bfloat16; of a device that cannot hold them, several share them, and none is left with room.
+    Weights are in bfloat16, the heads once more in float32, as are v2's edits. Of a device that cannot hold the weights
+    several share them, and none is left with room.
     """
-    free = device.memory - 2.0 * (base.parameters + expert.parameters)
+    edits = [4.0 * (one + base.hidden) * base.hidden for one in base.edits] if family == "v2" else []
+    heads = 4.0 * (base.hidden * base.vocab + expert.hidden * expert.vocab)
+    free = device.memory - 2.0 * (base.parameters + expert.parameters) - heads - sum(edits)
     wanted = sizes(base, expert, tokens, 1, family)["peak of the fit"]
     return rates if wanted < 0.8 * free else mixed(rates, host, threads)
 

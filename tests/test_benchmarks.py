@@ -14,6 +14,7 @@ from conftest import refused
 
 from chassis_utils import LanguageModel, Probes, fit, harvest, solve, token_bytes
 from chassis_utils.activations import tokenize
+from chassis_utils.solve import Gram
 from chassis_utils.statistics import KEPT, room
 from chassis_utils.tokens import text_bytes
 
@@ -21,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench
 import bridges
 import scale
+
+import costs
 
 
 def test_bare_passes_see_every_token_once(base: LanguageModel, prompts: Probes) -> None:
@@ -86,6 +89,17 @@ def test_sums_lie_on_the_gpu_where_that_has_room(monkeypatch: pytest.MonkeyPatch
         for name, value in (("mem_get_info", (free, free)), ("memory_reserved", held), ("memory_allocated", used)):
             monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
         assert room(base, 1024, 1024, 0).type == where
+    # The page of costs counts the same bytes.
+    one = costs.shape("TinyLlama 1.1B")
+    needs = costs.sizes(one, one, 10**5, 1)["peak of the fit"]
+    for factor, where in ((1.26, "cuda"), (1.24, "cpu")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=needs * factor: (free, free))
+        assert room(base, one.hidden, 2 * one.hidden, one.vocab).type == where
+
+
+def test_sums_of_two_devices_add_up_on_the_first() -> None:
+    here, there = (Gram.zeros(3, 2, device) for device in ("cpu", "meta"))
+    assert (there + here).xy.device.type == "meta"
 
 
 def test_the_vocabulary_counts_in_what_memory_allows(base: LanguageModel) -> None:
