@@ -143,7 +143,7 @@ def on_card(told: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def at_scale(told: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    """What `scale.json` holds, as tables by caption: stages at their largest size, carried on, families, memory."""
+    """What `scale.json` holds, as tables by caption: stages, carried on, calls, families, memory."""
     stages_there, onward, families, peaks = [], [], [], []
     for row in told["checks"]:
         held = size(row["peak_in_units"][-1] * row["unit_bytes"]) if row["peak_in_units"] else "–"
@@ -157,6 +157,18 @@ def at_scale(told: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
             total = found["total"]
             ends = f"{span(total['seconds'])} ({span(total['low'])} to {span(total['high'])})"
             onward.append({"model": model, "family": family, "FLOPs": f"{total['operations']:.3g}", "one thread": ends})
+    called = []
+    for row in (*told["depth"], *told["vocabulary"]):
+        model = f"two blocks, {row['vocab']:,} tokens" if "vocab" in row else "TinyLlama's dimensions"
+        memory = {
+            name: "–" if row[key] is None else size(row[key])
+            for name, key in (("held", "held_bytes"), ("more", "peak_bytes"))
+        }
+        called.append(
+            {"model": model, "stage": row["stage"], "prompts' tokens": f"{row['tokens']:,}"}
+            | {"seconds": f"{row['seconds']:.3g}"}
+            | memory
+        )
     measured = told["families"]
     for name, quotients in measured["ratios"].items():
         family, below = name.split(" / ")
@@ -171,6 +183,7 @@ def at_scale(told: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     return {
         "One thread, random weights, every stage; from smaller sizes with 95%": pd.DataFrame(stages_there),
         about: pd.DataFrame(onward),
+        "One thread, random weights, the public calls; memory held before, and more at the peak": pd.DataFrame(called),
         "Harvest, fit and table of six ranks on the pocket models, over bare passes of both": wide,
         "Peak memory of a process at 16 times the tokens, over the peak at once": pd.DataFrame(peaks),
     }
