@@ -123,9 +123,8 @@ def moved(lab: Lab, rounds: int) -> list[tuple[float, float]]:
     options = select.locator("option").all_inner_texts() if select.count() else []
     for number in range(rounds):
         if options:
-            move = timed(
-                lab, widget, lambda number=number: select.select_option(label=options[(number + 1) % len(options)])
-            )
+            at = (number + 1) % len(options)
+            move = timed(lab, widget, lambda at=at: select.select_option(index=at))
         else:
             slider.focus()
             move = timed(lab, widget, lambda: page.keyboard.press("ArrowRight"))
