@@ -16,7 +16,7 @@ from transformers import AutoConfig
 # Before this folder, where another file is called `costs`.
 sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
 from costpage import size, span
-from costs import Device, Rates, Shape, bill, mixed, reached, shape, sizes, today
+from costs import PASSES, Device, Rates, Shape, bill, mixed, reached, shape, sizes, today
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "book" / "ahead.md"
@@ -52,15 +52,19 @@ def _measured(gpu: dict) -> str:
     """Seconds and bytes of one card, at TinyLlama's dimensions and at the width of a 70B Llama."""
     setting, (edited,) = gpu["setting"], gpu["v2"]
     rows = [[f"measured on one {setting['device']}", "tokens", "seconds", "memory of the GPU"]]
+    few = gpu["tinyllama"][0]["tokens"]
     heads = ("TinyLlama", gpu["tinyllama"]), ("two blocks of a 70B Llama", gpu["wide"])
     for name, part in heads:
-        for row in part:
+        for row in (one for one in part if one["stage"] != PASSES and (part is gpu["wide"] or one["tokens"] == few)):
             host = row["stage"].endswith("processor")
             stage = row["stage"].replace("the processor", f"{setting['threads']} threads of its host")
             held = "" if host else size(row["held_bytes"] + row["peak_bytes"])
             rows.append([f"{name}: {stage}", f"{row['tokens']:,}", f"{row['seconds']:.2f}", held])
     held = size(edited["held_bytes"] + edited["peak_bytes"])
-    rows.insert(1 + len(gpu["tinyllama"]), ["TinyLlama: v2", f"{edited['tokens']:,}", f"{edited['seconds']:.0f}", held])
+    rows.insert(
+        1 + sum(row[0].startswith("TinyLlama") for row in rows),
+        ["TinyLlama: v2", f"{edited['tokens']:,}", f"{edited['seconds']:.0f}", held],
+    )
     return table(rows)
 
 

@@ -137,7 +137,7 @@ def on_card(told: Mapping[str, Any]) -> pd.DataFrame:
         gathering = sum(ahead[stage] for stage in ("forward", "rows", "sums"))
         for part, ours, took in zip(("gather", "fit"), (gathering, sum(ahead.values()) - gathering), both, strict=True):
             near = "near" if NEAR[0] <= ours / took <= NEAR[1] else "off"
-            row = {"model": name, "family": family, "tokens": tokens, "part": part, "predicted": ours}
+            row = {"model": name, "tokens": tokens, "part": f"{family}, {part}", "predicted": ours}
             rows.append(row | {"measured": took, "ratio": ours / took, "outcome": near})
     return pd.DataFrame(rows)
 

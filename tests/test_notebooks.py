@@ -18,6 +18,7 @@ from pages import Silent
 from test_book_pages import ROOT, browser, needs_browser
 
 from batch import Profile, build_book, load_profile, run
+from bookpages import PLOTLY_MIME
 from chassis_utils import ChassisError
 from records import read_records
 from tables import results_table
@@ -124,10 +125,23 @@ def site(profile: Profile) -> Path:
     return build_book(profile).parent
 
 
-def plots_of(notebook: Path) -> int:
+def plots_of(notebook: Path) -> list[dict]:
     cells = json.loads(notebook.read_text())["cells"]
     outputs = [o.get("data", {}) for cell in cells for o in cell.get("outputs", [])]
-    return sum("application/vnd.plotly.v1+json" in data for data in outputs)
+    return [data[PLOTLY_MIME] for data in outputs if PLOTLY_MIME in data]
+
+
+def test_no_two_names_in_the_legend_of_a_figure_look_alike(profile: Profile) -> None:
+    for stem in profile.notebooks:
+        for number, plot in enumerate(plots_of(profile.run_dir / f"{stem}.ipynb"), 1):
+            looks: dict[tuple, set[str]] = {}
+            for trace in plot["data"]:
+                marker, line = trace.get("marker", {}), trace.get("line", {})
+                colour = marker.get("color", line.get("color"))
+                if trace.get("name") and trace.get("showlegend", True) and isinstance(colour, str):
+                    look = trace["type"], colour, marker.get("symbol"), line.get("dash"), str(marker.get("pattern"))
+                    looks.setdefault((*look, str(trace.get("visible", True))), set()).add(trace["name"])
+            assert not [names for names in looks.values() if len(names) > 1], f"{stem}, figure {number}"
 
 
 def test_the_book_builds_without_a_warning(site: Path, profile: Profile) -> None:
@@ -139,7 +153,7 @@ def pages_of(profile: Profile) -> dict[str, int]:
     """Every page of the book -> how many plots it must draw."""
     told = (profile.root / "_toc.yml").read_text()
     pages = dict.fromkeys(re.findall(r"(?:root|file): *(\S+)", told), 0)
-    pages |= {f"book/run/pocket/{stem}": plots_of(profile.run_dir / f"{stem}.ipynb") for stem in profile.notebooks}
+    pages |= {f"book/run/pocket/{stem}": len(plots_of(profile.run_dir / f"{stem}.ipynb")) for stem in profile.notebooks}
     # A page in Markdown shows the figures that it quotes from notebooks.
     quoted = re.compile(r"^```\{glue:\} \w*figure", re.MULTILINE)
     texts = {page: profile.root / f"{page}.md" for page in pages}
