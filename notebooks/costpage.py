@@ -26,6 +26,10 @@ NEAR = (0.8, 1.2)  #: Predicted over measured that is near enough
 SMALL = 0.01  #: A stage of a smaller share of its run is shown, not judged
 #: Part of `costs.json`, the shape it is of, and the family: checks that take too long for a page.
 KEPT_CHECKS = (("pocket", "pocket-base", "v2"), ("checks", "TinyLlama 1.1B", "final layer"))
+#: Stages of `scale.py` that are shown by their calls.
+_TABLE = "table of 6 ranks"
+_CALLS = {"bare passes, both models": "bare passes", "gather": "gather"}
+_CALLS |= {"fit on the statistics, one lam": "fit, one lam", _TABLE: "table"}
 GAIN = 0.01  #: What twice as many tokens must lower the KL by, as a share of the bare base's
 BEHIND = 4  #: The largest size is predicted from those that are so many times smaller, and less
 
@@ -157,18 +161,16 @@ def at_scale(told: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
             total = found["total"]
             ends = f"{span(total['seconds'])} ({span(total['low'])} to {span(total['high'])})"
             onward.append({"model": model, "family": family, "FLOPs": f"{total['operations']:.3g}", "one thread": ends})
-    called = []
+    called: dict[str, dict[str, Any]] = {}
     for row in (*told["depth"], *told["vocabulary"]):
         model = f"two blocks, {row['vocab']:,} tokens" if "vocab" in row else "TinyLlama's dimensions"
-        memory = {
-            name: "–" if row[key] is None else size(row[key])
-            for name, key in (("held", "held_bytes"), ("more", "peak_bytes"))
-        }
-        called.append(
-            {"model": model, "stage": row["stage"], "prompts' tokens": f"{row['tokens']:,}"}
-            | {"seconds": f"{row['seconds']:.3g}"}
-            | memory
-        )
+        own = called.setdefault(model, {"model": model, "memory at most": 0.0})
+        if name := _CALLS.get(row["stage"]):
+            own[f"{name}, s"] = f"{row['seconds']:.3g}"
+            # None where the system does not tell.
+            own["memory at most"] = max(own["memory at most"], (row["held_bytes"] or 0) + (row["peak_bytes"] or 0))
+    calls = pd.DataFrame([own | {"memory at most": size(own.pop("memory at most"))} for own in called.values()])
+    fitted, judged = (next(r["tokens"] for r in told["depth"] if r["stage"] == name) for name in ("gather", _TABLE))
     measured = told["families"]
     for name, quotients in measured["ratios"].items():
         family, below = name.split(" / ")
@@ -183,7 +185,7 @@ def at_scale(told: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     return {
         "One thread, random weights, every stage; from smaller sizes with 95%": pd.DataFrame(stages_there),
         about: pd.DataFrame(onward),
-        "One thread, random weights, the public calls; memory held before, and more at the peak": pd.DataFrame(called),
+        f"One thread, random weights: the public calls on {fitted:,} tokens, the table on {judged:,}": calls,
         "Harvest, fit and table of six ranks on the pocket models, over bare passes of both": wide,
         "Peak memory of a process at 16 times the tokens, over the peak at once": pd.DataFrame(peaks),
     }
