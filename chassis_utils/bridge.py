@@ -112,6 +112,9 @@ class Bridge:
         """The base tokens that share what each expert token gets."""
         return self._reader.homes(self.pieces, self._end, self.stage, self.length)
 
+    def _placed(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.ascontiguousarray((self.table.T @ rows.T).T)
+
     def __call__(self, probabilities: torch.Tensor | None = None, prompts: Sequence[str] | None = None) -> Bridged:
         """Expert distributions in the base's vocabulary.
 
@@ -134,8 +137,7 @@ class Bridge:
             return Bridged(torch.from_numpy(mass), torch.tensor(undecided), torch.tensor(passes).long())
         if not given:
             rows = np.array([self._said([one])[0][0] for one in ids]).reshape(-1, self.expert.vocab_size)
-        placed = np.ascontiguousarray((self.table.T @ rows.T).T)
-        return self._reader.told(placed, prompts if self.stage == "C" else None)
+        return self._reader.told(self._placed(rows), prompts if self.stage == "C" else None)
 
     def _exact(self, prompt: str, ids: list[int], first: NDArray | None) -> tuple[NDArray, float, int]:
         """Best-first look-ahead: mass `(vocab + 2,)`, how much of it is undecided, continuations followed up."""

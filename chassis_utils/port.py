@@ -78,8 +78,7 @@ class Port:
             raise ChassisError(f"{getattr(base, 'name', base)!s:.80} {why}: load the bare model, and plug in the rest")
         self.base, self.router = base, router
         self.plugs: dict[str, Plug] = {}
-        self._strengths: dict[str, float] = {}
-        self._weights: dict[str, float] = {}
+        self._strengths, self._weights = dict[str, float](), dict[str, float]()
         self._busy, self._passing, self._hooks = threading.Lock(), threading.RLock(), ExitStack()
         self._adding, self._noted = self._active(Adapter), frozenset[Place]()
         # Other modules around the same tensors: hooks on these are none on the base's.
@@ -146,8 +145,7 @@ class Port:
     def unplug(self, name: str) -> None:
         """Take a plug out; what else is in use stays so. ChassisError: there is none, or text is being generated."""
         self.use({other: weight for other, weight in self._weights.items() if other != name and weight} or None)
-        self.plugs.pop(self._known(name))
-        del self._strengths[name]
+        del self.plugs[self._known(name)], self._strengths[name]
 
     def strength(self, name: str, strength: float) -> None:
         """Set how strongly a plug counts from here on, 1 as it was fitted; ChassisError as for `plug` and `use`."""
