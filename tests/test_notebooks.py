@@ -138,9 +138,10 @@ def test_no_two_names_in_the_legend_of_a_figure_look_alike(profile: Profile) -> 
             for trace in plot["data"]:
                 marker, line = trace.get("marker", {}), trace.get("line", {})
                 colour = marker.get("color", line.get("color"))
-                if trace.get("name") and trace.get("showlegend", True) and isinstance(colour, str):
+                there = trace.get("showlegend", True) and trace.get("visible", True)  # at first, before any menu
+                if there and trace.get("name") and isinstance(colour, str):
                     look = trace["type"], colour, marker.get("symbol"), line.get("dash"), str(marker.get("pattern"))
-                    looks.setdefault((*look, str(trace.get("visible", True))), set()).add(trace["name"])
+                    looks.setdefault(look, set()).add(trace["name"])
             assert not [names for names in looks.values() if len(names) > 1], f"{stem}, figure {number}"
 
 
