@@ -4,7 +4,6 @@ python benchmarks/gpu.py [--parts same rates tinyllama v2 wide] [--tokens 131072
 """
 
 import argparse
-import json
 import statistics as numbers
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -197,7 +196,7 @@ def main() -> None:
         raise ChassisError("torch sees no GPU here: these figures are of one")
     about = setting() | {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else args.device}
     about |= {"length": LENGTH, "judged": JUDGED}
-    kept = json.loads(args.out.read_text()) if args.out.exists() and {*args.parts} < {*PARTS} else {}
+    kept = keep(args.out) if args.out.exists() and {*args.parts} < {*PARTS} else {}
     if kept and kept.get("setting") != about:
         there = kept.get("setting", {})
         raise ChassisError(
