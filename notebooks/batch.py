@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -28,6 +29,7 @@ import papermill
 import yaml
 
 import chassis_utils
+import nursery
 from chassis_utils import ChassisError
 from chassis_utils.files import locked, made
 from engines import InProcess
@@ -38,6 +40,7 @@ PARAMETERS = ("base", "expert", "n_train", "ranks", "layers", "seed", "device", 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 READS = "read_records"  # in a page that depends on the records of others
 PATIENCE = 5  # seconds
+FEW = 3  # pages for which it does not pay to import ahead
 _PROFILES = Path("notebooks", "profiles.yml")
 
 
@@ -230,15 +233,24 @@ def run(
         ended = wait(pages.values(), return_when=FIRST_EXCEPTION).done
         return {stem: one.result() for stem, one in pages.items() if one in ended}
 
-    with _alone(out / ".run.lock", busy) as lock, Leash() as leash:
+    sources = {stem: profile.root / "notebooks" / f"{stem}.ipynb" for stem in planned}
+    readers = {stem for stem, source in sources.items() if READS in source.read_text(encoding="utf-8")}
+    # Where an earlier page is what a later one waits for, nobody else has to: those that read come last.
+    order = sorted(planned, key=readers.__contains__) if jobs > 1 else planned
+    devices = {values.get("device", "cpu") for values in planned.values()}
+    warm = len(planned) > FEW and devices == {"cpu"} and sys.platform == "linux"
+    with ExitStack() as stack:
+        lock, leash = stack.enter_context(_alone(out / ".run.lock", busy)), stack.enter_context(Leash())
+        if warm:
+            share |= stack.enter_context(_nursery(share, leash))
         with ThreadPoolExecutor(jobs) if jobs > 1 else InProcess() as pool:
             try:
-                for stem, values in planned.items():
-                    source = profile.root / "notebooks" / f"{stem}.ipynb"
-                    if jobs <= 1 or READS in source.read_text(encoding="utf-8"):
+                for stem in order:
+                    if jobs <= 1 or stem in readers:
                         causes()
-                    pages[stem] = pool.submit(page, source, values)
-                failures = [f"{stem} ({cause})" for stem, cause in causes().items() if cause]
+                    pages[stem] = pool.submit(page, sources[stem], planned[stem])
+                ended = causes()
+                failures = [f"{stem} ({ended[stem]})" for stem in planned if ended[stem]]
             except BaseException:
                 leash.let_go()
                 pool.shutdown(cancel_futures=True)
@@ -246,6 +258,27 @@ def run(
     if failures:
         raise ChassisError(f"failed, see {out / 'failed'}: {'; '.join(failures)}")
     return [out / f"{stem}.ipynb" for stem in planned]
+
+
+@contextmanager
+def _nursery(share: Mapping[str, str], leash: Leash) -> Iterator[dict[str, str]]:
+    """What to add to the environment of pages that get their kernels from a nursery, which ends with the run."""
+    with tempfile.TemporaryDirectory(prefix="chassis-") as folder:
+        address = os.path.join(folder, "nursery")
+        quiet = {"stdin": leash.end, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        command = [sys.executable, "-P", nursery.__file__, address]
+        with subprocess.Popen(command, env=_environment(share), start_new_session=True, **quiet) as server:
+            try:
+                yield {nursery.ADDRESS: address}
+            finally:
+                server.terminate()
+
+
+def _environment(more: Mapping[str, str]) -> dict[str, str]:
+    """Of a process that runs notebooks: they import the package and our modules, wherever they lie themselves."""
+    ours = Path(chassis_utils.__file__).resolve().parents[1], Path(__file__).resolve().parent
+    path = os.pathsep.join(filter(None, (*map(str, ours), os.environ.get("PYTHONPATH"))))
+    return os.environ | {"CHASSIS_HEADLESS": "1", "PYTHONPATH": path} | more
 
 
 @contextmanager
@@ -304,13 +337,9 @@ def execute(source: Path, out: Path, values: dict[str, Any], lock: int, leash: L
         # A page of the book shows its parameters: inside the project they name no folder of this machine.
         inside = out.is_relative_to(source.parents[1])
         values = values | {"out_dir": os.path.relpath(out, source.parent) if inside else str(out)}
-    # Notebooks import the package and the modules that run them, installed or not, wherever they lie themselves.
-    ours = Path(chassis_utils.__file__).resolve().parents[1], Path(__file__).resolve().parent
-    path = os.pathsep.join(filter(None, (*map(str, ours), os.environ.get("PYTHONPATH"))))
-    env = os.environ | {"CHASSIS_HEADLESS": "1", "PYTHONPATH": path} | (env or {})
     # The child keeps the lock open, so that a run whose parent was killed still counts as one until the child has gone:
     # it goes when nobody holds the other end of its input any more.
-    options = {"env": env, "pass_fds": (lock,), "text": True, "stdin": leash.end}
+    options = {"env": _environment(env or {}), "pass_fds": (lock,), "text": True, "stdin": leash.end}
     task = json.dumps([str(source), str(partial), values, memory])
     command = [sys.executable, "-P", str(Path(__file__).with_name("execute.py")), task]
     try:

@@ -24,6 +24,8 @@ from ipykernel.kernelspec import make_ipkernel_cmd
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
 
+import nursery
+
 
 class InterpreterKernel(AsyncKernelManager):
     """A kernel of the very interpreter that runs, whatever `python3` kernels are installed on the machine.
@@ -38,8 +40,12 @@ class InterpreterKernel(AsyncKernelManager):
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        """The specification of `sys.executable`'s kernel."""
-        return KernelSpec(argv=make_ipkernel_cmd(), display_name="Python 3", language="python")
+        """The specification of `sys.executable`'s kernel, warm where there is a nursery."""
+        command = make_ipkernel_cmd()
+        if address := os.environ.get(nursery.ADDRESS):
+            # Neither site-packages nor the environment are read by a process that only stands for another.
+            command = [sys.executable, "-I", "-S", nursery.__file__, address, *command]
+        return KernelSpec(argv=command, display_name="Python 3", language="python")
 
 
 def _outlive_no_parent() -> None:

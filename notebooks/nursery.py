@@ -1,0 +1,103 @@
+"""Warm kernels: one process imports what every page needs, and the kernel of each page is a fork of it.
+
+Imports cost a page more processor time than most of its cells. A nursery serves one run, on Linux, for pages that
+stay off GPUs: neither a driver nor macOS bears a fork. What papermill starts and watches is a small process that asks
+for the kernel, hands its output on and ends with it; a kernel ends when that process has gone. Where no nursery
+answers, it becomes a kernel of the usual kind.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import signal
+import socket
+import sys
+
+ADDRESS = "CHASSIS_NURSERY"  # in the environment of a run: the socket at which its nursery listens
+#: What pages import that takes long, of other people's packages and of ours.
+HEAVY = (
+    "chassis_utils.adapter", "chassis_utils.bridge", "chassis_utils.distill", "chassis_utils.metrics",
+    "ipykernel.kernelapp", "ipywidgets", "myst_nb", "plotly.graph_objects", "plotly.io", "scipy.sparse",
+    "transformers.models.llama.modeling_llama", "transformers.models.phi.modeling_phi",
+)  # fmt: skip
+
+
+def ask(address: str, *command: str) -> None:
+    """Be the process that stands for a kernel of the nursery: `command` is what starts one without."""
+    with socket.socket(socket.AF_UNIX) as line:
+        try:
+            line.connect(address)
+            told = json.dumps({"argv": command[3:], "cwd": os.getcwd(), "env": dict(os.environ)}).encode()
+            # Its output is ours: the descriptors themselves go along.
+            ours = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [1, 2]))]
+            line.sendmsg([len(told).to_bytes(4, "big")], ours)
+            line.sendall(told)
+            there = line.recv(1)
+        except OSError:
+            there = b""
+        if not there:
+            os.execv(command[0], command)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        sys.exit(int.from_bytes(line.recv(1) or b"\1", "big"))
+
+
+def serve(address: str) -> None:
+    """Import, then fork a kernel for whoever asks, until our input ends."""
+    from importlib import import_module
+    from select import select
+
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(address)
+        door.listen(64)  # who asks before all is imported waits
+        for name in HEAVY:
+            import_module(name)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them here
+        while 0 not in select([0, door], [], [])[0]:
+            line = door.accept()[0]
+            if os.fork() == 0:
+                door.close()
+                _kernel(line)
+            line.close()
+
+
+def _kernel(line: socket.socket) -> None:
+    """In the fork: a kernel for the process at the other end of `line`, as if it ran there; never returns."""
+    import atexit
+    import threading
+
+    code = 1
+    try:
+        line.send(b"\0")
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.setsid()
+        size, outputs, *_ = socket.recv_fds(line, 4, 2)
+        told = json.loads(line.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
+        for ours, theirs in zip((1, 2), outputs, strict=True):
+            os.dup2(theirs, ours)
+            os.close(theirs)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(told["cwd"])
+        os.environ.clear()
+        os.environ.update(told["env"])
+
+        def watch() -> None:
+            line.recv(1)  # nothing is said: what comes is the end
+            os.killpg(0, signal.SIGKILL)
+
+        threading.Thread(target=watch, daemon=True).start()
+        from ipykernel.kernelapp import launch_new_instance
+
+        sys.argv = ["ipykernel_launcher", *told["argv"]]
+        launch_new_instance(parent_handle=0)
+        code = 0
+    finally:
+        # To take a loaded torch apart takes a second, and gives nothing back that the end does not.
+        atexit._run_exitfuncs()
+        line.send(bytes([code]))
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    (serve if len(sys.argv) == 2 else ask)(*sys.argv[1:])
