@@ -81,6 +81,11 @@ class Activations:
         theirs = expert.transform(self.hidden[self.final].to(self.base.device)).cpu()
         return replace(self, expert=expert, expert_hidden=theirs)
 
+    def on(self, base: LanguageModel, layers: Sequence[Place] = (-1,)) -> Activations:
+        """The same rows where the base has other edits, or is read elsewhere: one pass, of the base alone."""
+        again = harvest(base, base, self.probes, self.positions, layers, progress=False)
+        return replace(again, expert=self.expert, expert_hidden=self.expert_hidden)
+
 
 def _same_base(base: LanguageModel, expert: HiddenExpert) -> None:
     own, theirs = base.readout.weight, expert.readout.weight
@@ -115,7 +120,8 @@ def harvest(
     part = collect(ids, base, wanted)
     states = {layer: part[f"hidden.{layer}"] for layer in wanted}
     if isinstance(expert, LanguageModel):
-        theirs = collect(ids, expert, [expert.num_layers])[f"hidden.{expert.num_layers}"]
+        deep = expert.num_layers
+        theirs = states[final] if expert is base else collect(ids, expert, [deep])[f"hidden.{deep}"]
     else:
         bare = states[final] if base.bare is base else collect(ids, base.bare, wanted)[f"hidden.{final}"]
         if isinstance(expert, ForeignExpert):

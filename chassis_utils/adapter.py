@@ -112,12 +112,13 @@ class Adapter(Exchange):
         readout, correction = base.readout, self.correction(hidden)
         if self.onto == "nothing":
             return readout(correction) if self.space == "hidden" else readout.cap(correction)
-        start = hidden[base.num_layers if self.onto == "final" else self.layer]
-        if self.onto == "normed" and self.layer != base.num_layers:
+        last = self.onto == "final" or self.layer == base.num_layers
+        start = hidden[base.num_layers if last else self.layer]
+        if self.onto == "normed" and not last:
             start = base.final_norm(start)
         if self.space == "hidden":
             return readout(start + correction)
-        own = plain if plain is not None and self.onto == "final" else readout.linear(start)
+        own = plain if plain is not None and last else readout.linear(start)
         return readout.cap(own + correction if self.columns is None else own.index_add(1, self.columns, correction))
 
     def to(self, device: torch.device | str) -> Adapter:

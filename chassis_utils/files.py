@@ -1,9 +1,8 @@
-"""Files and folders that are there whole or not at all, and locks."""
+"""Files and folders that are there whole or not at all."""
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import glob
 import hashlib
 import json
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def _writing(path: str | Path) -> Iterator[None]:
+def writing(path: str | Path) -> Iterator[None]:
     """Say in one line that nothing can be written to a path."""
     try:
         yield
@@ -38,7 +37,7 @@ def replaceable(folder: str | Path, own: Sequence[str]) -> Path:
     """A folder that is not there, or holds no other files than its `own`; else ChassisError, as they would be lost."""
     if not isinstance(folder, str | Path) or "\0" in str(folder):
         raise ChassisError(f"{folder!r:.80} is no name of a folder: give one")
-    with _writing(folder):
+    with writing(folder):
         folder = Path(folder)
         others = sorted({path.name for path in folder.iterdir()} - {*own}) if folder.exists() else []
     if others:
@@ -48,22 +47,9 @@ def replaceable(folder: str | Path, own: Sequence[str]) -> Path:
 
 def made(folder: str | Path) -> Path:
     """A folder, made with those above it if it is not there; ChassisError where that cannot be."""
-    with _writing(folder):
+    with writing(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
     return Path(folder)
-
-
-@contextmanager
-def locked(path: Path, busy: str | None = None) -> Iterator[int]:
-    """Hold the lock file `path`; wait for it, or with `busy` refuse with that message. Yields its descriptor."""
-    with _writing(made(path.parent)):
-        handle = path.open("a")
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-        except BlockingIOError:
-            raise ChassisError(busy) from None
-        yield handle.fileno()
 
 
 @contextmanager
@@ -78,7 +64,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     ended = (one for one, pid in left if pid.isdecimal() and not pid_exists(min(int(pid), 2**31 - 1)))
     _remove(temporary, aside, *ended)
     try:
-        with _writing(path):
+        with writing(path):
             yield temporary
             both = temporary.is_dir() and final.is_dir()
             if not (both and _exchanged(temporary, final)):

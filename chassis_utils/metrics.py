@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 from scipy.special import stdtrit
+from torch.linalg import vecdot
 
 from .activations import Activations, Expert, harvest
 from .adapter import Adapter
@@ -20,9 +21,14 @@ from .probes import Probes
 BLOCK = 500_000  # logits a block, which stay in a processor's cache; a GPU, asked anew for each, gets more
 
 
+def _rows(vocab: int, device: torch.device) -> int:
+    """How many rows of logits make a block."""
+    return max(16, (16 * BLOCK if device.type == "cuda" else BLOCK) // vocab)
+
+
 def kl(expert_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """KL(expert || adapted) of each row, nats, float64: `(n, vocab)`, `(n, vocab)` to `(n,)`; some rows at a time."""
-    step, found = max(1, (16 * BLOCK if logits.is_cuda else BLOCK) // logits.shape[-1]), []
+    step, found = _rows(logits.shape[-1], logits.device), []
     for pair in zip(expert_logits.split(step), logits.split(step), strict=True):
         p, q = (part.double().log_softmax(-1) for part in pair)
         found.append((p.exp() * (p - q)).sum(-1))
@@ -76,15 +82,14 @@ def evaluate(
             raise ChassisError(f"these activations are of {given.base.name} and {given.expert.name}: harvest this pair")
         plain = bare[place] if place < len(bare) else given
         if plain.base.edits:
-            plain = harvest(base.bare, expert, given.probes, given.positions, [-1], progress=False)
+            plain = given.on(base.bare)
         if plain.probes.digest != given.probes.digest or len(plain) != len(given):
             raise ChassisError(f"bare[{place}] is not the bare base on '{given.probes.name}': give the same order")
         found: dict[int, dict] = {}
         for edits, several in groups.items():
             here, wanted = given, places_read(several)
             if edits or any(isinstance(place, str) and place not in given.hidden for place in wanted):
-                port = base.edited(*several[0].edits) if edits else base
-                here = harvest(port, expert, given.probes, given.positions, wanted, progress=False)
+                here = given.on(base.edited(*several[0].edits), wanted)
             theirs = _evaluate(here, several, plain.hidden[plain.final], allow_overlap)
             found = dict(zip((0, *map(id, several)), theirs, strict=True)) | found
         rows += [found[key] for key in (0, *map(id, adapters))]
@@ -106,7 +111,7 @@ def _several(given: Any, kind: Any, name: str, wanted: str) -> list[Any]:
 
 def blocks(a: Activations) -> Iterator[tuple[slice, dict[Place, torch.Tensor], torch.Tensor]]:
     """Some rows at a time, the base's states there `(m, size)`, and the expert's logits `(m, vocab)`."""
-    step = max(1, (16 * BLOCK if a.base.device.type == "cuda" else BLOCK) // a.base.vocab_size)
+    step = _rows(a.base.vocab_size, a.base.device)
     for rows in (slice(start, start + step) for start in range(0, len(a), step)):
         hidden = {place: state[rows].to(a.base.device) for place, state in a.hidden.items()}
         yield rows, hidden, a.expert.readout(a.expert_hidden[rows].to(a.base.device))
@@ -127,12 +132,16 @@ def _evaluate(a: Activations, adapters: list[Adapter], bare: torch.Tensor, allow
     for rows, hidden, theirs in blocks(a):
         target, following = theirs.double().log_softmax(-1), a.next_token[rows].to(base.device)
         weight, first = target.exp(), target.argmax(-1)
+        certain = vecdot(weight, target)  # minus the expert's entropy
         plain = base.readout.linear(hidden[base.num_layers])  # what all ranks add to
         for i, adapter in enumerate(everyone):
             here = hidden if i else hidden | {base.num_layers: bare[rows].to(base.device)}
-            ours = adapter.logits(base, here, plain if i else None).double().log_softmax(-1)
-            nats = -ours.gather(1, following.clamp(min=0)[:, None])[:, 0].where(following >= 0, 0)
-            each = (weight * (target - ours)).sum(-1), (ours.argmax(-1) == first).double(), nats
+            ours = adapter.logits(base, here, plain if i else None)
+            top, best = ours.max(-1)
+            ours = ours.double().sub_(top[:, None])
+            expected, told = vecdot(weight, ours), ours.gather(1, following.clamp(min=0)[:, None])[:, 0]
+            total = ours.exp_().sum(-1).log()  # in place: nothing as large as the logits is made anew
+            each = certain - expected + total, (best == first).double(), (total - told).where(following >= 0, 0)
             sums[i].index_add_(1, prompt[rows], torch.stack(each).cpu())
     n, lost, rows = len(a), sums[0, 0], []
     if (reference := float(lost.sum()) / n) <= 1e-12:

@@ -34,8 +34,7 @@ class Gram:
     @classmethod
     def zeros(cls, p: int, q: int, device: torch.device | str = "cpu") -> Gram:
         """No rows yet."""
-        shapes = ((p,), (q,), (p, p), (p, q))
-        return cls(0, *(torch.zeros(s, dtype=torch.float64, device=device) for s in shapes))
+        return cls(0, *(torch.zeros(*s, dtype=torch.float64, device=device) for s in ((p,), (q,), (p, p), (p, q))))
 
     @classmethod
     def of(cls, x: torch.Tensor, y: torch.Tensor, device: torch.device | None = None) -> Gram:
@@ -48,11 +47,10 @@ class Gram:
             raise ChassisError(f"{len(x)} rows of x but {len(y)} of y")
         for start in range(0, len(x), BLOCK):
             a, b = (part[start : start + BLOCK].to(self.xx) for part in (x, y))
-            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            sums = [part.sum(0) for part in (a, b)]
+            if not torch.cat(sums).isfinite().all():
                 raise ChassisError(f"rows from {start} on hold NaN or infinity: harvest again in float32")
-            self.n += len(a)
-            self.x += a.sum(0)
-            self.y += b.sum(0)
+            self.n, self.x, self.y = self.n + len(a), self.x + sums[0], self.y + sums[1]
             # The upper half alone is multiplied, strip by strip, then mirrored.
             for left in range(0, a.shape[1], STRIP):
                 strip = slice(left, left + STRIP)

@@ -95,7 +95,7 @@ def gather(
             target = expert.transform(bare[layer])
         x, own = features(hidden), hidden[layer]
         y = torch.cat([target, own], dim=1) if layer == base.num_layers else target - own
-        if not (good := torch.isfinite(x).all(1) & torch.isfinite(y).all(1)).all():
+        if not (good := (x.sum(1, dtype=torch.float64) + y.sum(1, dtype=torch.float64)).isfinite()).all():
             what = f"{base.name} or {expert.name} gives NaN or infinity on prompt {int(prompt[~good.cpu()][0])}"
             raise ChassisError(f"{what} of '{probes.name}': try dtype float32, or leave that prompt out")
         x, y, out = x.to(device), y.to(device), prompt % fold == fold - 1

@@ -31,8 +31,9 @@ import yaml
 import chassis_utils
 import nursery
 from chassis_utils import ChassisError
-from chassis_utils.files import locked, made
+from chassis_utils.files import made
 from engines import InProcess
+from locks import locked
 from records import FILE, forget, replace_text
 
 PARAMETERS = ("base", "expert", "n_train", "ranks", "layers", "seed", "device", "out_dir")

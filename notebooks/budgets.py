@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from chassis_utils import Activations, Adapter, ChassisError, LanguageModel, harvest
+from chassis_utils import Activations, Adapter, ChassisError, LanguageModel
 from chassis_utils.metrics import blocks, places_read
 from chassis_utils.metrics import kl as divergence
 
@@ -30,7 +30,7 @@ def choose_rank(
         raise ChassisError(f"{len(given)} budgets: give one of {', '.join(budgets)}")
     ((name, budget),), port, wanted = given.items(), held_out.base.edited(*adapter.edits), places_read([adapter])
     if name == "kl":
-        here = harvest(port, held_out.expert, held_out.probes, held_out.positions, wanted, progress=False)
+        here = held_out.on(port, wanted)
         rank, costs = reaching(adapter, here, budget)
     else:
         stored = {rank: adapter.at_rank(rank).num_parameters for rank in range(1, adapter.rank + 1)}
@@ -49,6 +49,7 @@ def reaching(adapter: Adapter, a: Activations, budget: float) -> tuple[int, dict
     direction: the tangent at one rank bounds it from below at all others, and most are never tried.
     """
     bound, tried, rank = torch.full((adapter.rank,), -math.inf, dtype=torch.float64), {}, adapter.rank
+    budget *= 1 + 1e-9  # one that is read off a table is met by the rank it stands at, however that was summed
     while tried.get(rank, math.inf) > budget:
         factors, tried[rank] = (torch.arange(adapter.rank) < rank).to(adapter.down).requires_grad_(), 0.0
         for _, hidden, theirs in blocks(a):

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from batch import THREADS, Leash, execute
-from chassis_utils.files import locked
 from engines import alike, memory
+from locks import locked
 from records import FILE, replace_text
 
 DONE = "cell.json"  # what a cell says when it has ended

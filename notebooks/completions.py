@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from chassis_utils import Bridged, ChassisError, LanguageModel
 from chassis_utils.bridge import Reader
-from chassis_utils.files import locked
+from locks import locked
 
 Said = dict[bytes | None, float]  #: Likeliest next tokens and their probabilities; `None` is the end of the text
 _HINTS = {200: "that has no JSON, no logprobs, or no tokens that decode", 401: "set the right one", 403: "set another"}

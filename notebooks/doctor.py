@@ -405,7 +405,7 @@ def _disk(profile: Profile) -> Iterator[Finding]:
 
 def _locks(profile: Profile) -> Iterator[Finding]:
     """Whether a run holds the run folder, and what runs that were killed left there."""
-    from chassis_utils.files import locked
+    from locks import locked
 
     lock = profile.run_dir / ".run.lock"
     if lock.is_file():

@@ -39,10 +39,11 @@ from tqdm.auto import tqdm
 from chassis_utils import Adapter, ChassisError, Features, Gram, LanguageModel, Probes, Statistics, load
 from chassis_utils import __version__ as version
 from chassis_utils.activations import Expert
-from chassis_utils.files import locked, made, read_tensors, replacing, write_tensors
+from chassis_utils.files import made, read_tensors, replacing, write_tensors
 from chassis_utils.models import Place, bundled, located
 from chassis_utils.statistics import FOLD, KEPT, gather
 from engines import alike, arrived, engine, facts, memory, outcomes
+from locks import locked
 from records import claim
 
 MARK = "gathering.json"  # says whose folder it is

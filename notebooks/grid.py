@@ -21,9 +21,9 @@ import yaml
 from batch import Profile, last_line, load_profile, plan, refuse
 from cells import DONE, Cell, work_on
 from chassis_utils import ChassisError
-from chassis_utils.files import locked
 from engines import arrived, engine, facts, outcomes, unlike
 from gridpage import page
+from locks import locked
 from records import FIELDS, FILE, claim, read_records, replace_text
 
 KEYS = ("profile", "notebooks", "parameters", "retries")

@@ -17,8 +17,9 @@ from typing import Any
 import pandas as pd
 
 from chassis_utils import ChassisError, __version__
-from chassis_utils.files import locked, replacing
+from chassis_utils.files import replacing
 from chassis_utils.probes import SPLITS
+from locks import locked
 
 FIELDS = tuple("experiment notebook base expert method rank layer split probes metric value seed n reported".split())
 FIELDS += ("low", "high", "git", "versions", "revision", "time")

@@ -84,12 +84,13 @@ def refine(
         raise ChassisError(f"steps = {steps}, rate = {rate}: take at least one step, and a rate above zero")
     rows = _Rows(a, start)
     state = {place: a.layer(place).to(a.base.device) for place in {a.final, *start.reads}}
-    course = [(0, rows.kl(start.logits(a.base, state)), 0.0, math.nan)]
+    course = [(0, rows.kl(start.logits(a.base, state, rows.base)), 0.0, math.nan)]
     seconds, clock = 0.0, time.perf_counter()
     for step, adapter in enumerate(REFINERS[how](rows, start, steps, rate), 1):
         # What it costs to look is not counted.
         seconds += time.perf_counter() - clock
-        course.append((step, rows.kl(adapter.logits(a.base, state)), seconds, adapter.info.get("gradient", math.nan)))
+        reached = rows.kl(adapter.logits(a.base, state, rows.base))
+        course.append((step, reached, seconds, adapter.info.get("gradient", math.nan)))
         clock = time.perf_counter()
     adapter = replace(adapter, method=how, fitted_on=a.probes.fingerprints, values=None)
     return adapter, pd.DataFrame(course, columns=["step", "kl", "seconds", "gradient"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from chassis_utils.files import locked
+from locks import locked
 from records import METRICS, read_records, replace_text
 
 #: What tells one row of `results_table` from another, and its columns.

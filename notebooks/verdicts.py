@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from chassis_utils.errors import ChassisError
-from chassis_utils.files import locked
+from locks import locked
 from records import EXPERIMENTS, read_records, replace_text
 
 FILE = "verdicts.json"

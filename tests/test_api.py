@@ -22,9 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chassis_utils import Bridge, LanguageModel, load
-from chassis_utils.files import locked
 from chassis_utils.tokens import token_bytes
 from completions import ApiExpert, _read, placed
+from locks import locked
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "sk-a-very-secret-key-0123456789"

@@ -13,7 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 import batch
 from batch import build_book, load_profile, run
 from chassis_utils.errors import ChassisError
-from chassis_utils.files import locked
+from locks import locked
 from records import read_records
 
 WRITES = """

@@ -15,7 +15,7 @@ import yaml
 from conftest import make
 from test_batch import project
 
-from chassis_utils.files import locked
+from locks import locked
 
 ROOT = Path(__file__).resolve().parents[1]
 WHAT = ("python", "packages", "package", "kernel", "lab", "models", "gpu", "memory", "disk", "locks", "browser")

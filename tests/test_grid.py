@@ -32,9 +32,9 @@ import cells
 import engines
 import grid
 from chassis_utils.errors import ChassisError
-from chassis_utils.files import locked
 from engines import InProcess
 from gridpage import page
+from locks import locked
 
 #: Writes a line that says that it ran, then waits until its seed may end, then records a figure.
 COUNTS = """
