@@ -267,7 +267,7 @@ def _nursery(share: Mapping[str, str], leash: Leash) -> Iterator[dict[str, str]]
     with tempfile.TemporaryDirectory(prefix="chassis-") as folder:
         address = os.path.join(folder, "nursery")
         quiet = {"stdin": leash.end, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        command = [sys.executable, "-P", nursery.__file__, address]
+        command = [sys.executable, nursery.__file__, address]
         with subprocess.Popen(command, env=_environment(share), start_new_session=True, **quiet) as server:
             try:
                 yield {nursery.ADDRESS: address}

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 
 ADDRESS = "CHASSIS_NURSERY"  # in the environment of a run: the socket at which its nursery listens
 #: What pages import that takes long, of other people's packages and of ours.
@@ -34,13 +35,18 @@ def ask(address: str, *command: str) -> None:
             ours = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [1, 2]))]
             line.sendmsg([len(told).to_bytes(4, "big")], ours)
             line.sendall(told)
-            there = line.recv(1)
+            kernel = int.from_bytes(line.recv(4), "big")
         except OSError:
-            there = b""
-        if not there:
+            kernel = 0
+        if not kernel:
             os.execv(command[0], command)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        sys.exit(int.from_bytes(line.recv(1) or b"\1", "big"))
+        if code := line.recv(1):
+            sys.exit(code[0])
+        # It was killed: what it started goes too, as it would with a kernel that papermill started itself.
+        with suppress(ProcessLookupError):
+            os.killpg(kernel, signal.SIGKILL)
+        sys.exit(1)
 
 
 def serve(address: str) -> None:
@@ -48,6 +54,7 @@ def serve(address: str) -> None:
     from importlib import import_module
     from select import select
 
+    del sys.path[0]  # this script's folder, which no kernel has in front
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(address)
         door.listen(64)  # who asks before all is imported waits
@@ -69,9 +76,9 @@ def _kernel(line: socket.socket) -> None:
 
     code = 1
     try:
-        line.send(b"\0")
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
+        line.send(os.getpid().to_bytes(4, "big"))
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         size, outputs, *_ = socket.recv_fds(line, 4, 2)
         told = json.loads(line.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
         for ours, theirs in zip((1, 2), outputs, strict=True):
