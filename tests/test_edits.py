@@ -132,6 +132,29 @@ def test_logits_become_states_by_least_squares(activations: Activations, synthet
         into_hidden(turned, a.base)
 
 
+@pytest.mark.parametrize("kind", ["expert", "synthetic"])
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_rows_on_another_state_of_the_base_are_those_of_a_new_harvest_without_the_expert(
+    base: LanguageModel, prompts: Probes, kind: str, positions: str, request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    plug = request.getfixturevalue(kind)
+    by = torch.randn(base.hidden_size, generator=torch.Generator().manual_seed(3))
+    port, places = base.edited(Push(1, by)), [1, f"block {base.num_layers - 1}", -1]
+    anew = harvest(port, plug, prompts, positions, places, progress=False)
+    bare, ran, own = harvest(base, plug, prompts, positions, [-1], progress=False), [], LanguageModel.states
+    monkeypatch.setattr(LanguageModel, "states", lambda self, *args: ran.append(self) or own(self, *args))
+    moved = bare.on(port, places)
+    assert {*map(id, ran)} == {id(port)}, "another model than the edited base was run"
+    assert moved.base is port and moved.expert is plug and moved.layers == anew.layers
+    for name in ("expert_hidden", "prompt", "next_token"):
+        assert torch.equal(getattr(moved, name), getattr(anew, name)), name
+    assert all(torch.equal(moved.hidden[place], state) for place, state in anew.hidden.items())
+    assert moved.num_bytes == anew.num_bytes
+    back = moved.on(base)
+    assert torch.equal(back.hidden[base.num_layers], bare.hidden[base.num_layers])
+
+
 def test_a_part_of_the_prompts_and_another_expert_need_no_pass(
     activations: Activations, synthetic: SyntheticExpert, prompts: Probes
 ) -> None:
