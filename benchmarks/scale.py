@@ -170,7 +170,7 @@ def _passing(shape: Shape) -> Iterator[Stage]:
     adapter = Adapter("random", shape.layers, *maps, base.name, base.head_hash)
     judged = harvest(base, turned(base), words(shape, JUDGED, 1), "all", [-1], progress=False)
     work = 2.0 * JUDGED * (3 * h * v + rank * (h + v))
-    yield "table", work, 8.0 * BLOCK, lambda: evaluate(base, judged.expert, adapter, judged)
+    yield "table", work, 8.0 * max(BLOCK, 16 * v), lambda: evaluate(base, judged.expert, adapter, judged)
 
 
 def _reading(shape: Shape) -> Iterator[Stage]:

@@ -82,9 +82,11 @@ class Activations:
         return replace(self, expert=expert, expert_hidden=theirs)
 
     def on(self, base: LanguageModel, layers: Sequence[Place] = (-1,)) -> Activations:
-        """The same rows where the base has other edits, or is read elsewhere: one pass, of the base alone."""
+        """The same rows with other edits or places of the base, by a pass of it alone; ChassisError: another base."""
+        if base.bare is not self.base.bare:
+            raise ChassisError(f"{base.name} is another base than {self.base.name}: harvest anew")
         again = harvest(base, base, self.probes, self.positions, layers, progress=False)
-        return replace(again, expert=self.expert, expert_hidden=self.expert_hidden)
+        return replace(self, base=base, hidden=again.hidden)
 
 
 def _same_base(base: LanguageModel, expert: HiddenExpert) -> None:

@@ -375,9 +375,7 @@ class Reader:
 def _label(ids: Sequence[int], want: tuple[int, ...], size: int) -> tuple[int | None, tuple[int, ...]]:
     """Label of a text with these tokens, none if they are too few, and what must still come before it."""
     n = min(len(ids), len(want))
-    if tuple(ids[:n]) != want[:n]:
-        return size, ()
-    return (ids[n] if len(ids) > n else None), want[n:]
+    return (size, ()) if tuple(ids[:n]) != want[:n] else ((ids[n] if len(ids) > n else None), want[n:])
 
 
 def spelled(word: str | bytes, ids: dict) -> list[int]:

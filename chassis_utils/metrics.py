@@ -21,14 +21,14 @@ from .probes import Probes
 BLOCK = 500_000  # logits a block, which stay in a processor's cache; a GPU, asked anew for each, gets more
 
 
-def _rows(vocab: int, device: torch.device) -> int:
-    """How many rows of logits make a block."""
+def block_rows(vocab: int, device: torch.device) -> int:
+    """How many rows of logits make a block; at least 16, as each block reads the whole head."""
     return max(16, (16 * BLOCK if device.type == "cuda" else BLOCK) // vocab)
 
 
 def kl(expert_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """KL(expert || adapted) of each row, nats, float64: `(n, vocab)`, `(n, vocab)` to `(n,)`; some rows at a time."""
-    step, found = _rows(logits.shape[-1], logits.device), []
+    step, found = block_rows(logits.shape[-1], logits.device), []
     for pair in zip(expert_logits.split(step), logits.split(step), strict=True):
         p, q = (part.double().log_softmax(-1) for part in pair)
         found.append((p.exp() * (p - q)).sum(-1))
@@ -89,7 +89,7 @@ def evaluate(
         for edits, several in groups.items():
             here, wanted = given, places_read(several)
             if edits or any(isinstance(place, str) and place not in given.hidden for place in wanted):
-                here = given.on(base.edited(*several[0].edits), wanted)
+                here = given.on(base.edited(*several[0].edits) if edits else base, wanted)
             theirs = _evaluate(here, several, plain.hidden[plain.final], allow_overlap)
             found = dict(zip((0, *map(id, several)), theirs, strict=True)) | found
         rows += [found[key] for key in (0, *map(id, adapters))]
@@ -111,7 +111,7 @@ def _several(given: Any, kind: Any, name: str, wanted: str) -> list[Any]:
 
 def blocks(a: Activations) -> Iterator[tuple[slice, dict[Place, torch.Tensor], torch.Tensor]]:
     """Some rows at a time, the base's states there `(m, size)`, and the expert's logits `(m, vocab)`."""
-    step = _rows(a.base.vocab_size, a.base.device)
+    step = block_rows(a.base.vocab_size, a.base.device)
     for rows in (slice(start, start + step) for start in range(0, len(a), step)):
         hidden = {place: state[rows].to(a.base.device) for place, state in a.hidden.items()}
         yield rows, hidden, a.expert.readout(a.expert_hidden[rows].to(a.base.device))

@@ -82,9 +82,7 @@ def gather(
     kept = (torch.zeros(0, p, device=device), torch.zeros(0, q, device=device), torch.zeros(0, dtype=torch.long))
     bar = tqdm(total=len(ids), desc=f"{base.name} and {expert.name}, layer {layer}", disable=not progress, leave=False)
     for batch, tokens, mask in batched(ids, batch_tokens):
-        real = mask.bool()
-        if positions == "last":
-            real &= mask.cumsum(1) == mask.sum(1, keepdim=True)
+        real = mask.bool() if positions == "all" else mask.bool() & (mask.cumsum(1) == mask.sum(1, keepdim=True))
         prompt = torch.tensor(batch)[:, None].expand_as(real)[real]
         hidden = {place: state[real] for place, state in base.states(tokens, mask, wanted).items()}
         if isinstance(expert, LanguageModel):

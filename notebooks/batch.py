@@ -52,7 +52,7 @@ class Profile:
     name: str
     root: Path  # the project: holds `notebooks/`, `_toc.yml` and `book/`
     defaults: dict[str, Any]  # given to the notebooks that declare them
-    notebooks: dict[str, dict[str, Any]]  # stem -> its own values, in the order they run
+    notebooks: dict[str, dict[str, Any]]  # stem -> its own values, in order
 
     @property
     def run_dir(self) -> Path:
@@ -203,7 +203,7 @@ def run(
     `settings` override the profile's parameters, `out_dir` is the profile's run folder unless given, and with
     `progress` a line is printed for each. With `missing`, pages stay of which nothing has changed since (see `_stamp`):
     what was killed goes on from the page it was at. So many `jobs` run side by side, each with its share of the cores
-    unless OMP_NUM_THREADS says otherwise; a page that reads the records of others waits for those before it. Returns
+    unless OMP_NUM_THREADS says otherwise; pages that read the records of others then come last. Returns
     the published notebooks. ChassisError for bad input, before anything has run; or for notebooks that failed, after
     all have.
     """

@@ -49,7 +49,7 @@ def reaching(adapter: Adapter, a: Activations, budget: float) -> tuple[int, dict
     direction: the tangent at one rank bounds it from below at all others, and most are never tried.
     """
     bound, tried, rank = torch.full((adapter.rank,), -math.inf, dtype=torch.float64), {}, adapter.rank
-    budget *= 1 + 1e-9  # one that is read off a table is met by the rank it stands at, however that was summed
+    budget *= 1 + 1e-6  # one that is read off a table is met by the rank it stands at, however that was summed
     while tried.get(rank, math.inf) > budget:
         factors, tried[rank] = (torch.arange(adapter.rank) < rank).to(adapter.down).requires_grad_(), 0.0
         for _, hidden, theirs in blocks(a):

@@ -14,7 +14,7 @@ import plots
 from chassis_utils import Activations, Adapter, ChassisError, LanguageModel, Probes
 from chassis_utils.activations import batched
 from chassis_utils.adapter import heads
-from chassis_utils.metrics import BLOCK
+from chassis_utils.metrics import BLOCK, block_rows
 from chassis_utils.tokens import text_bytes, token_bytes
 from plots import KL_FLOOR, QUANTITIES, _buttons, _dropdowns, _figures, _finish, _measured, _numbers, _owned, style
 
@@ -234,7 +234,7 @@ def rank_figure(frame: pd.DataFrame, title: str, target: tuple[float, float], qu
 
 def own_bits(a: Activations) -> float:
     """Bits per byte of the expert itself on the text of these activations (every position)."""
-    nats, step = 0.0, max(1, BLOCK // a.base.vocab_size)
+    nats, step = 0.0, block_rows(a.base.vocab_size, a.base.device)
     for first in range(0, len(a), step):
         rows = slice(first, first + step)
         says = a.expert.readout(a.expert_hidden[rows].to(a.base.device)).double().log_softmax(-1).cpu()

@@ -17,20 +17,25 @@ import sys
 from contextlib import suppress
 
 ADDRESS = "CHASSIS_NURSERY"  # in the environment of a run: the socket at which its nursery listens
-#: What pages import that takes long, of other people's packages and of ours.
+PATIENCE = 30  # seconds until an answer, of the 60 that papermill gives a kernel
+#: What pages import that takes long, of other people's packages and of ours. The kernel's own comes first: by it others
+#: know that they are in one, such as tqdm, whose bars are of another kind there.
 HEAVY = (
-    "chassis_utils.adapter", "chassis_utils.bridge", "chassis_utils.distill", "chassis_utils.metrics",
-    "ipykernel.kernelapp", "ipywidgets", "myst_nb", "plotly.graph_objects", "plotly.io", "scipy.sparse",
+    "ipykernel.kernelapp", "chassis_utils.adapter", "chassis_utils.bridge", "chassis_utils.distill",
+    "chassis_utils.metrics", "ipywidgets", "myst_nb", "plotly.graph_objects", "plotly.io", "scipy.sparse",
     "transformers.models.llama.modeling_llama", "transformers.models.phi.modeling_phi",
 )  # fmt: skip
 
 
 def ask(address: str, *command: str) -> None:
-    """Be the process that stands for a kernel of the nursery: `command` is what starts one without."""
+    """Be the process that stands for a kernel of the nursery; `command`, `python -m ...`, starts one without."""
+    os.environ.pop(ADDRESS, None)  # a run that a page starts is another one
     with socket.socket(socket.AF_UNIX) as line:
+        line.settimeout(PATIENCE)
         try:
             line.connect(address)
-            told = json.dumps({"argv": command[3:], "cwd": os.getcwd(), "env": dict(os.environ)}).encode()
+            words = command[command.index("-m") + 2 :]
+            told = json.dumps({"argv": words, "cwd": os.getcwd(), "env": dict(os.environ)}).encode()
             # Its output is ours: the descriptors themselves go along.
             ours = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [1, 2]))]
             line.sendmsg([len(told).to_bytes(4, "big")], ours)
@@ -41,8 +46,10 @@ def ask(address: str, *command: str) -> None:
         if not kernel:
             os.execv(command[0], command)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if code := line.recv(1):
-            sys.exit(code[0])
+        line.settimeout(None)
+        with suppress(ConnectionResetError):
+            if code := line.recv(1):
+                sys.exit(code[0])
         # It was killed: what it started goes too, as it would with a kernel that papermill started itself.
         with suppress(ProcessLookupError):
             os.killpg(kernel, signal.SIGKILL)
@@ -54,7 +61,8 @@ def serve(address: str) -> None:
     from importlib import import_module
     from select import select
 
-    del sys.path[0]  # this script's folder, which no kernel has in front
+    if not sys.flags.safe_path:
+        del sys.path[0]  # this script's folder, which no kernel has in front
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(address)
         door.listen(64)  # who asks before all is imported waits
@@ -67,12 +75,17 @@ def serve(address: str) -> None:
                 door.close()
                 _kernel(line)
             line.close()
+    # Whoever made the folder may have been killed.
+    with suppress(OSError):
+        os.unlink(address)
+        os.rmdir(os.path.dirname(address))
 
 
 def _kernel(line: socket.socket) -> None:
     """In the fork: a kernel for the process at the other end of `line`, as if it ran there; never returns."""
     import atexit
     import threading
+    import traceback
 
     code = 1
     try:
@@ -93,17 +106,22 @@ def _kernel(line: socket.socket) -> None:
             line.recv(1)  # nothing is said: what comes is the end
             os.killpg(0, signal.SIGKILL)
 
+        os.register_at_fork(after_in_child=line.close)  # else its children would hold the line when it was killed
         threading.Thread(target=watch, daemon=True).start()
         from ipykernel.kernelapp import launch_new_instance
 
         sys.argv = ["ipykernel_launcher", *told["argv"]]
         launch_new_instance(parent_handle=0)
         code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         # To take a loaded torch apart takes a second, and gives nothing back that the end does not.
-        atexit._run_exitfuncs()
-        line.send(bytes([code]))
-        os._exit(code)
+        try:
+            atexit._run_exitfuncs()
+            line.send(bytes([code]))
+        finally:
+            os._exit(code)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from chassis_utils import Activations, LanguageModel, Probes, evaluate, fit, harvest, load
+from chassis_utils import Activations, Features, LanguageModel, Probes, evaluate, fit, gather, harvest, load
 from plugs import SyntheticExpert
 from pocket_recipe import gpt2_tokenizer, llama_tokenizer
 from splits import subset
@@ -312,6 +312,10 @@ def test_the_one_prompt_that_is_not_finite_is_named(
     fresh.model.model.embed_tokens.weight[rare] = torch.nan
     with refused("layer 0", "prompt 29 ", "'sea'"):
         harvest(fresh, expert, Probes("sea", "train", tuple(texts)), "all", progress=False)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        fresh.model.model.embed_tokens.weight[rare] = value
+        with refused("NaN or infinity", "prompt 29 ", "'sea'"):
+            gather(fresh, expert, Probes("sea", "train", tuple(texts)), Features((0,)), progress=False)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(activations: Activations, tmp_path: Path) -> None:

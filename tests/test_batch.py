@@ -111,6 +111,18 @@ def test_a_page_that_reads_records_waits_for_the_pages_before_it(inside: Path) -
     assert len(run(["1_look", "2_fail", "3_stop"], "toy", progress=False, jobs=3)) == 3
 
 
+def test_with_several_jobs_a_page_that_reads_records_comes_last_and_is_told_of_in_its_place(inside: Path) -> None:
+    """Alone, pages come in order, and it reads what is there already."""
+    fails = "from records import read_records; raise ValueError(sorted({*read_records(out_dir)['notebook']}))"
+    write(inside / "notebooks", "1_look", PARAMETERS + "\nranks = [1]\ndevice = 'cpu'", fails)
+    write(inside / "notebooks", "3_stop", PARAMETERS, "1 / 0")
+    told = r"failed, see .*: 1_look \(ValueError: \['2_fail', '4_write'\]\); 3_stop \(ZeroDivisionError.*"
+    with pytest.raises(ChassisError, match=told):
+        run([], "toy", progress=False, jobs=2)
+    with pytest.raises(ChassisError, match=r"1_look \((?!ValueError: \['2_fail)"):
+        run([], "toy", out_dir=inside / "elsewhere", progress=False)
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_what_cannot_be_published_ends_the_run_at_once(inside: Path, jobs: int) -> None:
     write(inside / "notebooks", "3_stop", PARAMETERS, "import time; time.sleep(300)")

@@ -153,6 +153,8 @@ def test_rows_on_another_state_of_the_base_are_those_of_a_new_harvest_without_th
     assert moved.num_bytes == anew.num_bytes
     back = moved.on(base)
     assert torch.equal(back.hidden[base.num_layers], bare.hidden[base.num_layers])
+    with refused("is another base than"):
+        bare.on(request.getfixturevalue("fresh"))
 
 
 def test_a_part_of_the_prompts_and_another_expert_need_no_pass(

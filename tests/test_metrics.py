@@ -50,9 +50,9 @@ def test_kl_is_everyone_elses(seed: int, vocab: int, scale: float) -> None:
 
 
 def test_kl_of_many_rows_is_that_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    expert, ours = (torch.randn(11, 6, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    alone = torch.cat([kl(expert[i : i + 1], ours[i : i + 1]) for i in range(11)])
-    for logits in (1, 20, 10**6):
+    expert, ours = (torch.randn(53, 6, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    alone = torch.cat([kl(expert[i : i + 1], ours[i : i + 1]) for i in range(53)])
+    for logits in (1, 120, 10**6):  # 16 rows at a time, 20, and all of them
         monkeypatch.setattr("chassis_utils.metrics.BLOCK", logits)
         assert torch.equal(kl(expert, ours), alone)
 
@@ -82,7 +82,7 @@ def test_blocks_and_harvested_activations_change_nothing(
 ) -> None:
     base, expert, adapter = activations.base, activations.expert, fit(activations, "rrr", rank=4)
     table = evaluate(base, expert, adapter, unseen)
-    monkeypatch.setattr("chassis_utils.metrics.BLOCK", 7 * base.vocab_size)
+    monkeypatch.setattr("chassis_utils.metrics.BLOCK", 17 * base.vocab_size)
     a = harvest(base, expert, unseen, progress=False)
     both = evaluate(base, expert, [adapter], [unseen, a])
     for part in (both[:2], both[2:]):

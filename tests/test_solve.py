@@ -155,9 +155,9 @@ def test_unusable_rows_are_refused() -> None:
     x, y = draw(0)
     with refused("59", "60"):
         Gram.of(x[:59], y)
-    for bad in (torch.nan, torch.inf):
+    for bad in ([torch.nan], [torch.inf], [torch.inf, -torch.inf]):
         spoilt = y.clone()
-        spoilt[17, 2] = bad
+        spoilt[17 : 17 + len(bad), 2] = torch.tensor(bad).to(y)
         with refused("NaN or infinity"):
             Gram.of(x, spoilt)
 
