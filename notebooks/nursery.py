@@ -34,19 +34,19 @@ def ask(address: str, *command: str) -> None:
         line.settimeout(PATIENCE)
         try:
             line.connect(address)
+            kernel = int.from_bytes(line.recv(4), "big")
+            line.settimeout(None)
             words = command[command.index("-m") + 2 :]
             told = json.dumps({"argv": words, "cwd": os.getcwd(), "env": dict(os.environ)}).encode()
-            # Its output is ours: the descriptors themselves go along.
+            # Its output is ours: the descriptors themselves go along, now that somebody is there to take them.
             ours = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [1, 2]))]
             line.sendmsg([len(told).to_bytes(4, "big")], ours)
             line.sendall(told)
-            kernel = int.from_bytes(line.recv(4), "big")
         except OSError:
             kernel = 0
         if not kernel:
             os.execv(command[0], command)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        line.settimeout(None)
         with suppress(ConnectionResetError):
             if code := line.recv(1):
                 sys.exit(code[0])
