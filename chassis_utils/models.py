@@ -119,7 +119,7 @@ class LanguageModel:
     @property
     def bare(self) -> LanguageModel:
         """The model without its edits; itself where there are none."""
-        return self._bare if self.edits else self
+        return getattr(self, "_bare", self)
 
     def layer_number(self, layer: Place) -> Place:
         """A layer counted from 0, negative ones from the last; another place as it is. ChassisError: there is none."""
