@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from chassis_utils import Adapter, ChassisError, Features, LanguageModel, Probes, evaluate, fit, gather, harvest
 from chassis_utils.adapter import heads
-from chassis_utils.metrics import BLOCK, kl
+from chassis_utils.metrics import block_rows, kl
 from chassis_utils.models import Readout
 from chassis_utils.solve import ROWS as SOME
 from chassis_utils.solve import Gram, low_rank, scaled_ridge
@@ -170,7 +170,7 @@ def _passing(shape: Shape) -> Iterator[Stage]:
     adapter = Adapter("random", shape.layers, *maps, base.name, base.head_hash)
     judged = harvest(base, turned(base), words(shape, JUDGED, 1), "all", [-1], progress=False)
     work = 2.0 * JUDGED * (3 * h * v + rank * (h + v))
-    yield "table", work, 8.0 * max(BLOCK, 16 * v), lambda: evaluate(base, judged.expert, adapter, judged)
+    yield "table", work, 8.0 * block_rows(v, base.device) * v, lambda: evaluate(base, judged.expert, adapter, judged)
 
 
 def _reading(shape: Shape) -> Iterator[Stage]:

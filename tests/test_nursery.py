@@ -7,14 +7,13 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 
 import psutil
 import pytest
 from test_batch import PARAMETERS, project, write
+from test_portapp import soon
 
 import batch
 import nursery
@@ -61,14 +60,6 @@ def out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def look(cell: str) -> None:
     """Let the page of the toy project that says what it runs on be of this cell."""
     write(Path("notebooks"), "1_look", f"{PARAMETERS}\nranks = [1]\ndevice = 'cpu'", cell)
-
-
-def soon(happened: Callable[[], object], limit: float = 60) -> bool:
-    """Whether something comes to be within that many seconds."""
-    end = time.monotonic() + limit
-    while not happened() and time.monotonic() < end:
-        time.sleep(0.05)
-    return bool(happened())
 
 
 def alive(pid: int) -> bool:
