@@ -141,7 +141,10 @@ class _Draft:
             self.layout |= change
 
 
-def _owned(figure: go.Figure | _Draft, place: int, names: Iterable[Any], key: str, on: Any, off: Any) -> dict[Any, list[Any]]:
+_Drawn = go.Figure | _Draft
+
+
+def _owned(figure: _Drawn, place: int, names: Iterable[Any], key: str, on: Any, off: Any) -> dict[Any, list[Any]]:
     """Name -> changes, for `_buttons`: attribute `key` shows the traces with this name at `place` of their meta.
 
     Controls must combine in any order, yet each knows only its own choice. So each owns one attribute of every trace
@@ -151,8 +154,7 @@ def _owned(figure: go.Figure | _Draft, place: int, names: Iterable[Any], key: st
     return {name: [{key: [on if mark in (None, name) else off for mark in marks]}] for name in names}
 
 
-def _buttons(figure: go.Figure | _Draft, first: Any, entries: dict[Any, list[dict[str, Any]]]
-             ) -> list[dict[str, Any]]:
+def _buttons(figure: _Drawn, first: Any, entries: dict[Any, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """A control's entries, name -> changes of the traces and of the layout; the figure is changed to the `first`."""
     changes, *layout = entries[first]
     for key, values in changes.items():
@@ -162,7 +164,7 @@ def _buttons(figure: go.Figure | _Draft, first: Any, entries: dict[Any, list[dic
     return [{"label": f"{name}", "method": "update", "args": args} for name, args in entries.items()]
 
 
-def _dropdowns(figure: go.Figure | _Draft, lift: int, *controls: tuple[Any, dict[Any, list[Any]]]) -> list[dict[str, Any]]:
+def _dropdowns(figure: _Drawn, lift: int, *controls: tuple[Any, dict[Any, list[Any]]]) -> list[dict[str, Any]]:
     """A dropdown above the plot for each (first choice, entries as for `_buttons`) that leaves a choice.
 
     They are dark on light in either theme: plotly paints the entry under the pointer pale.
