@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
+import math
 import os
 import random
 import re
 from collections.abc import Sequence
+from functools import cache
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -14,6 +16,7 @@ import torch
 
 from bridging import COLOURS, LEAST, Places, lines, short, spread, target_logits, variation, written_alike
 from chassis_utils import Bridge, Bridged, token_bytes
+from chassis_utils.bridge import Reader
 from chassis_utils.metrics import kl
 from plots import _dropdowns, _finish, _numbers, _owned
 
@@ -122,31 +125,54 @@ def followed(bridge: Bridge, prompts: Sequence[str], budgets: Sequence[int]) -> 
     return found
 
 
+def least(bridge: Bridge, places: Places, budgets: Sequence[int]) -> dict[int, torch.Tensor]:
+    """What every choice of passes must leave undecided, by budget, `(n,)` each.
+
+    A pass decides the mass of one of the expert's next tokens at most, and a longer continuation is part of one. So
+    what is open before the first pass, without the budget's heaviest tokens, stays open whichever are followed up.
+    """
+    reader, found = Reader(bridge.base), []
+    step = cache(reader.step)
+    for prompt, said in zip(places.probes.prompts, places.said, strict=True):
+        mass, root = [], reader.root(prompt, 0)
+        for piece, share in zip(bridge.pieces, said.tolist(), strict=True):
+            code = root if piece else 0
+            for byte in piece or b"":
+                code = code if code >= 0 else step(-1 - code, byte)
+            mass += [share] * (code < 0)
+        mass.sort(reverse=True)
+        found.append([math.fsum(mass[budget:]) for budget in budgets])
+    return dict(zip(budgets, torch.tensor(found, dtype=torch.float64).T, strict=True))
+
+
 def budget_figure(
-    found: dict[int, Bridged], prompts: Sequence[str], aims: dict[str, dict[int, float]], title: str
-) -> go.Figure:
+    found: dict[int, Bridged], floor: dict[int, torch.Tensor], prompts: Sequence[str],
+    aims: dict[str, dict[int, float]], title: str,
+) -> go.Figure:  # fmt: skip
     """What is left undecided, and the total variation to the largest budget, against the budget.
 
-    `aims` is, for "undecided" and "total variation", the most that is aimed at by budget.
+    `floor` is what `least` returned; `aims` is, for "undecided" and "total variation", the most that is aimed at by
+    budget.
     """
     reference, rows = found[max(found)], []
     for number, prompt in [(slice(None), "mean of all"), *((n, short(n, p)) for n, p in enumerate(prompts))]:
         for budget, one in found.items():
             off = variation(one.mass, reference.mass) if one is not reference else torch.full((1,), torch.nan)
-            values = {"undecided": one.undecided, "total variation": off.expand(len(prompts))}
+            values = {"undecided": one.undecided, "least possible": floor[budget]}
+            values["total variation"] = off.expand(len(prompts))
             rows += [(prompt, budget, name, float(x[number].mean())) for name, x in values.items()]
         rows += [(prompt, n, f"aim, {name}", x) for name, aim in aims.items() for n, x in aim.items()]
     frame = pd.DataFrame(rows, columns=["prompt", "passes", "method", "value"])
     frame["drawn"] = frame["value"].clip(lower=LEAST_DRAWN)
-    aim, looks = frame["method"].str.startswith("aim"), {}
+    aim, looks = frame["method"].str.startswith("aim"), {"least possible": ("blue", "line-ew-open", "dash")}
     for name, colour in (("undecided", "blue"), ("total variation", "vermilion")):
         looks |= {name: (colour, "circle", "solid"), f"aim, {name}": (colour, "x", "dot")}
     told = frame[(frame["prompt"] == "mean of all") & ~aim & frame["value"].notna()]
     alt = "; ".join(f"{row.method} {row.value:.2g} at {row.passes}" for row in told.itertuples())
     caption = (
         "More passes to the right. See which of the two falls sooner, what can be certified or what is really off, "
-        "and whether each has come below its cross, the aim, there. Single prompts are in the menu: few of them can "
-        "make the mean."
+        "and whether each has come below its cross, the aim, there. A cross below the dashed line is out of reach of "
+        "any choice of passes. Single prompts are in the menu: few of them can make the mean."
     )
     alt, drawn = f"Mean of the prompts: {alt}.", {"drawn": ("mass", "")}
     figure = lines(frame, "passes", drawn, looks, title, alt, caption, by="prompt")

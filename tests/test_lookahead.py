@@ -9,7 +9,7 @@ import torch
 from bridging import Places
 from chassis_utils import Bridge, LanguageModel, Probes, load, probe_set
 from chassis_utils.metrics import kl
-from lookahead import FATES, beside, budget_figure, flow_figure, flows, followed, healed, inside
+from lookahead import FATES, beside, budget_figure, flow_figure, flows, followed, healed, inside, least
 
 PROMPTS = ("Question: A baker has 24", "The cat sat on the", "The tow")
 
@@ -64,7 +64,12 @@ def test_the_figure_of_flows_holds_the_same_mass(pair: tuple[LanguageModel, Lang
 
 def test_a_larger_budget_is_nearer_and_the_bound_holds(pair: tuple[LanguageModel, LanguageModel]) -> None:
     found = followed(Bridge(*pair), PROMPTS, (0, 8, 64))
-    figure = budget_figure(found, PROMPTS, {"undecided": {8: 0.05}}, "Budget")
+    floor = least(Bridge(*pair), Places.of(*pair[::-1], Probes("some", "template", PROMPTS)), (0, 8, 64))
+    # Nothing was followed: all that is open is left. Then no search leaves less than the floor, which falls.
+    assert torch.allclose(floor[0], found[0].undecided, atol=1e-9)
+    for n in (8, 64):
+        assert (floor[n] <= found[n].undecided + 1e-9).all() and (floor[n] < floor[0]).all()
+    figure = budget_figure(found, floor, PROMPTS, {"undecided": {8: 0.05}}, "Budget")
     bounds = [float(found[n].undecided.mean()) for n in (0, 8, 64)]
     assert bounds == sorted(bounds, reverse=True)
     said = next(t for t in figure.data if t.name == "undecided")
