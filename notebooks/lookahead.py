@@ -171,8 +171,8 @@ def budget_figure(
     alt = "; ".join(f"{row.method} {row.value:.2g} at {row.passes}" for row in told.itertuples())
     caption = (
         "More passes to the right. See which of the two falls sooner, what can be certified or what is really off, "
-        "and whether each has come below its cross, the aim, there. A cross below the dashed line is out of reach of "
-        "any choice of passes. Single prompts are in the menu: few of them can make the mean."
+        "and whether each has come below its cross, the aim, there. A blue cross below the dashed line is out of reach "
+        "of any choice of passes. Single prompts are in the menu: few of them can make the mean."
     )
     alt, drawn = f"Mean of the prompts: {alt}.", {"drawn": ("mass", "")}
     figure = lines(frame, "passes", drawn, looks, title, alt, caption, by="prompt")
