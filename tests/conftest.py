@@ -178,9 +178,11 @@ def walk(browser: Any, site: Path, pages: dict[str, int], *widths: int) -> Itera
             page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
             wide = page.evaluate("document.documentElement.scrollWidth")
             assert wide <= width, f"{name} scrolls sideways at {width}: {wide}"
-            # The plots must fit as well as the page.
-            boxes = page.locator(".main-svg").evaluate_all("all => all.map(one => one.getBoundingClientRect().width)")
-            assert all(box <= width for box in boxes), f"a plot of {name} is wider than {width}"
+            # The plots must fit as well as the page, and the captions of tables that do not.
+            boxes = page.locator(".main-svg, caption").evaluate_all(
+                "all => all.map(one => one.getBoundingClientRect().width)"
+            )
+            assert all(box <= width for box in boxes), f"a plot or caption of {name} is wider than {width}"
             yield name, width, theme, page
         page.close()
     context.close()
