@@ -63,6 +63,8 @@ class ForeignExpert:
     def __post_init__(self) -> None:
         if self.bridge.stage == "exact":
             raise ChassisError(f"{self.name} has no rule for every place: take a bridge of stage A, B or C")
+        if not isinstance(self.text, Probes | None):
+            raise ChassisError(f"text is a {type(self.text).__name__}: give Probes to count on, as probe_set returns")
         models = self.bridge.base, self.model
         pieces, pairs = [token_bytes(model.tokenizer) for model in models], []
         for text in self.text.prompts if self.text else ():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import refused
+from test_edits import Push
 from torch.nn.functional import kl_div
 
 from chassis_utils import (
@@ -141,10 +142,25 @@ def test_an_adapter_to_it_helps_on_other_text_and_is_kept_in_a_file(
     assert torch.equal(again.logits(base, val.hidden), adapter.logits(base, val.hidden))
 
 
+def test_its_rows_on_an_edited_base_are_those_of_a_new_harvest(models: tuple[LanguageModel, LanguageModel]) -> None:
+    base, phi = models
+    expert, few = ForeignExpert(Bridge(phi, base, "C")), replace(TEXT, prompts=TEXT.prompts[:3])
+    bare = harvest(base, expert, few, "all", [2, -1], progress=False)
+    port = base.edited(Push(1, torch.linspace(-1, 1, base.hidden_size)))
+    anew = harvest(port, expert, few, "all", [-1], progress=False)
+    moved = bare.on(port)
+    # What it says goes by the bare base, whatever the port does.
+    assert torch.equal(moved.expert_hidden, anew.expert_hidden) and torch.equal(moved.expert_hidden, bare.expert_hidden)
+    assert torch.equal(moved.layer(-1), anew.layer(-1)) and not torch.equal(moved.layer(-1), bare.layer(-1))
+
+
 def test_what_cannot_be_is_refused(models: tuple[LanguageModel, LanguageModel]) -> None:
     base, phi = models
     with refused("stage A, B or C"):
         ForeignExpert(Bridge(phi, base))
+    for text in ("a text", ["a text"]):
+        with refused("text", type(text).__name__, "probe_set"):
+            ForeignExpert(Bridge(phi, base, "C"), text)
     expert = ForeignExpert(Bridge(phi, base, "C"))
     other = load("pocket-math", device="cpu")
     with refused("pocket-base", "pocket-math", "bridge"):
