@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 import torch
 
 from bridging import COLOURS, LEAST, Places, lines, short, spread, target_logits, variation, written_alike
-from chassis_utils import Bridge, Bridged, token_bytes
+from chassis_utils import Bridge, Bridged, ChassisError, token_bytes
 from chassis_utils.bridge import Reader
 from chassis_utils.metrics import kl
 from plots import _dropdowns, _finish, _numbers, _owned
@@ -117,20 +117,26 @@ def _pale(colour: str) -> str:
 # ------------------------------------------------------------------------------------- bound and budget
 
 
-def followed(bridge: Bridge, prompts: Sequence[str], budgets: Sequence[int]) -> dict[int, Bridged]:
-    """What the look-ahead finds behind the prompts, by its budget."""
+def followed(bridge: Bridge, places: Places, budgets: Sequence[int]) -> dict[int, Bridged]:
+    """What the look-ahead finds behind the places, by its budget."""
     found = {}
     for bridge.budget in budgets:
-        found[bridge.budget] = bridge(None, prompts)
+        found[bridge.budget] = bridge(places.said, places.probes.prompts)
     return found
 
 
 def least(bridge: Bridge, places: Places, budgets: Sequence[int]) -> dict[int, torch.Tensor]:
-    """What every choice of passes must leave undecided, by budget, `(n,)` each.
+    """What every choice of passes leaves undecided at least, by budget, `(n,)` each, as the bridge tells it.
 
     A pass decides the mass of one of the expert's next tokens at most, and a longer continuation is part of one. So
-    what is open before the first pass, without the budget's heaviest tokens, stays open whichever are followed up.
+    what is open before the first pass, without the budget's heaviest tokens, stays open whichever are followed up. It
+    need not be reached: that takes passes after which nothing of their token is open.
+
+    Raises:
+        ChassisError: a bridge with `heal`, whose expert begins before the places.
     """
+    if bridge.heal:
+        raise ChassisError(f"heal = {bridge.heal}: what is open first is told of bridges without heal only")
     reader, found = Reader(bridge.base), []
     step = cache(reader.step)
     for prompt, said in zip(places.probes.prompts, places.said, strict=True):
@@ -158,17 +164,17 @@ def budget_figure(
     for number, prompt in [(slice(None), "mean of all"), *((n, short(n, p)) for n, p in enumerate(prompts))]:
         for budget, one in found.items():
             off = variation(one.mass, reference.mass) if one is not reference else torch.full((1,), torch.nan)
-            values = {"undecided": one.undecided, "least possible": floor[budget]}
+            values = {"undecided": one.undecided, "undecided at least": floor[budget]}
             values["total variation"] = off.expand(len(prompts))
             rows += [(prompt, budget, name, float(x[number].mean())) for name, x in values.items()]
         rows += [(prompt, n, f"aim, {name}", x) for name, aim in aims.items() for n, x in aim.items()]
     frame = pd.DataFrame(rows, columns=["prompt", "passes", "method", "value"])
     frame["drawn"] = frame["value"].clip(lower=LEAST_DRAWN)
-    aim, looks = frame["method"].str.startswith("aim"), {"least possible": ("blue", "line-ew-open", "dash")}
+    aim, looks = frame["method"].str.startswith("aim"), {"undecided at least": ("blue", "line-ew-open", "dash")}
     for name, colour in (("undecided", "blue"), ("total variation", "vermilion")):
         looks |= {name: (colour, "circle", "solid"), f"aim, {name}": (colour, "x", "dot")}
     told = frame[(frame["prompt"] == "mean of all") & ~aim & frame["value"].notna()]
-    alt = "; ".join(f"{row.method} {row.value:.2g} at {row.passes}" for row in told.itertuples())
+    alt = "; ".join(f"{row.method} {row.value:.3g} at {row.passes}" for row in told.itertuples())
     caption = (
         "More passes to the right. See which of the two falls sooner, what can be certified or what is really off, "
         "and whether each has come below its cross, the aim, there. A blue cross below the dashed line is out of reach "

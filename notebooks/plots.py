@@ -131,7 +131,7 @@ def _finish(figure: go.Figure, title: str, alt: str, caption: str, above: int = 
 
 @dataclass
 class _Draft:
-    """A figure as dicts, which plotly then checks all at once: built up step by step it takes three times as long."""
+    """A figure as dicts, which plotly then checks all at once: built up step by step it is drawn much later."""
 
     data: list[dict[str, Any]]
     layout: dict[str, Any]

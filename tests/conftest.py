@@ -178,11 +178,12 @@ def walk(browser: Any, site: Path, pages: dict[str, int], *widths: int) -> Itera
             page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
             wide = page.evaluate("document.documentElement.scrollWidth")
             assert wide <= width, f"{name} scrolls sideways at {width}: {wide}"
-            # The plots must fit as well as the page, and the captions of tables that do not.
-            boxes = page.locator(".main-svg, caption").evaluate_all(
-                "all => all.map(one => one.getBoundingClientRect().width)"
-            )
-            assert all(box <= width for box in boxes), f"a plot or caption of {name} is wider than {width}"
+            # The plots must fit as well as the page, and captions into the frames of tables that do not.
+            boxes = page.locator(".main-svg").evaluate_all("all => all.map(one => one.getBoundingClientRect().width)")
+            assert all(box <= width for box in boxes), f"a plot of {name} is wider than {width}"
+            cut = "all => all.filter(one => one.offsetWidth > one.closest('.table-scroll, .text_html').clientWidth)"
+            cut = page.locator(".cell_output caption").evaluate_all(f"{cut}.map(one => one.textContent)")
+            assert not cut, f"captions of {name} are cut at {width}: {cut}"
             yield name, width, theme, page
         page.close()
     context.close()

@@ -159,7 +159,7 @@ def test_what_cannot_be_is_refused(models: tuple[LanguageModel, LanguageModel]) 
     with refused("stage A, B or C"):
         ForeignExpert(Bridge(phi, base))
     for text in ("a text", ["a text"]):
-        with refused("text", type(text).__name__, "probe_set"):
+        with refused(type(text).__name__, "give Probes"):
             ForeignExpert(Bridge(phi, base, "C"), text)
     expert = ForeignExpert(Bridge(phi, base, "C"))
     other = load("pocket-math", device="cpu")

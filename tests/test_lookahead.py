@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 
 from bridging import Places
 from chassis_utils import Bridge, LanguageModel, Probes, load, probe_set
@@ -63,17 +64,27 @@ def test_the_figure_of_flows_holds_the_same_mass(pair: tuple[LanguageModel, Lang
 
 
 def test_a_larger_budget_is_nearer_and_the_bound_holds(pair: tuple[LanguageModel, LanguageModel]) -> None:
-    found = followed(Bridge(*pair), PROMPTS, (0, 8, 64))
-    floor = least(Bridge(*pair), Places.of(*pair[::-1], Probes("some", "template", PROMPTS)), (0, 8, 64))
-    # Nothing was followed: all that is open is left. Then no search leaves less than the floor, which falls.
+    places = Places.of(*pair[::-1], Probes("some", "template", PROMPTS))
+    found, floor = followed(Bridge(*pair), places, (0, 8, 64)), least(Bridge(*pair), places, (0, 8, 64))
+    # Nothing was followed: all that is open is left. After that no search leaves less than the floor.
     assert torch.allclose(floor[0], found[0].undecided, atol=1e-9)
+    assert all((floor[n] <= found[n].undecided + 1e-9).all() for n in (8, 64))
+    # The heaviest tokens, each asked of the bridge alone: what is open of them is what a budget can take away.
+    said, tokens = places.said[0].sort(descending=True)
+    alone = torch.eye(len(said), dtype=said.dtype)[tokens[:200]]
+    open_ = said[:200][Bridge(*pair, budget=0)(alone, PROMPTS[:1] * 200).undecided > 0.5]
+    assert len(open_) > 64
     for n in (8, 64):
-        assert (floor[n] <= found[n].undecided + 1e-9).all() and (floor[n] < floor[0]).all()
+        assert abs(floor[0][0] - open_[:n].sum() - floor[n][0]) < 1e-9
+    with refused("heal = 1", "without heal"):
+        least(Bridge(*pair, heal=1), places, (8,))
     figure = budget_figure(found, floor, PROMPTS, {"undecided": {8: 0.05}}, "Budget")
     bounds = [float(found[n].undecided.mean()) for n in (0, 8, 64)]
     assert bounds == sorted(bounds, reverse=True)
     said = next(t for t in figure.data if t.name == "undecided")
     assert np.allclose(said.y, bounds, rtol=1e-3)
+    drawn = next(t for t in figure.data if t.name == "undecided at least")
+    assert np.allclose(drawn.y, [float(floor[n].mean()) for n in (0, 8, 64)], rtol=1e-3)
     for n in (0, 8):
         told = beside(found[n], found[64])
         assert (told["total variation"] <= found[n].undecided + found[64].undecided + 1e-9).all()
