@@ -29,6 +29,7 @@ from trained import COLUMNS, Contest, choose_lr, head_only, lora, tuned_lens, we
 RESULTS = Path(__file__).parents[1] / "notebooks" / "contest.json"
 RANKS = (4, 16, 64)
 LRS = (1.6e-3, 4e-3, 1e-2)  # where a search begins; it goes on by the same factor while the best lies at an edge
+LENS_BUDGETS = (4, 8, 24)  # of our own time
 POINTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 
 
@@ -144,6 +145,27 @@ def search_others(contest: Contest, args: argparse.Namespace) -> None:
     write(contest.expert.name, {key: so_far[key] for key in ("step_sizes", "search")})
 
 
+def lenses(contest: Contest, args: argparse.Namespace) -> None:
+    """The recipe's lens as it is, and our closed form of the same layer: from when on training is nearer."""
+    base, expert, found, courses = contest.base, contest.expert, [], []
+    for layer, method in ((base.num_layers, "rrr"), (base.num_layers // 2, "lens")):
+        start = time.process_time()
+        a = harvest(base, expert, contest.prompts, "all", [layer], progress=False)
+        passes = time.process_time() - start
+        ours = fit(a, method, layer=layer, lam=1e-3 * len(a))
+        seconds = time.process_time() - start
+        held = harvest(base, expert, contest.held.probes, "all", [layer], progress=False)
+        kl = float(evaluate(base, expert, ours, held)["kl"].iloc[-1])
+        # Step sizes fall to the end of a budget: a course made for less time is ahead of a longer one until then.
+        for times in LENS_BUDGETS:
+            courses.append(tuned_lens(replace(contest, seconds=times * seconds, test=None), layer).assign(budget=times))
+        mine = pd.concat([one for one in courses if one["layer"].iloc[0] == layer])
+        found.append({"layer": layer, "method": method, "kl": kl, "passes": passes, "seconds": seconds})
+        found[-1]["crossing"] = crossing(mine, kl)
+        write(expert.name, {"lens": {"ours": found, "courses": plain(pd.concat(courses, ignore_index=True))}})
+        print(expert.name, found[-1])
+
+
 def effort(tried: pd.DataFrame) -> dict[str, object]:
     """Step sizes that a search tried, and the seconds of all their courses."""
     return {"tried": sorted(tried["lr"].unique()), "seconds": float(tried.groupby("lr")["seconds"].last().sum())}
@@ -166,7 +188,8 @@ def note(name: str, courses: list[pd.DataFrame], **more: object) -> dict[str, fl
     return crossings
 
 
-PARTS = {"v2": time_v2, "svd": cut_weights, "lora": train, "others": search_others, "longer": train_longer}
+PARTS = {"v2": time_v2, "svd": cut_weights, "lora": train, "others": search_others, "lens": lenses}
+PARTS |= {"longer": train_longer}
 
 
 def main() -> None:
@@ -174,7 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpora", required=True, help="folder as the recipe of the pocket models reads it")
     parser.add_argument("--expert", choices=[*EXPERTS], help="only this one")
-    parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS][:4], help="lora needs v2's point")
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS][:5], help="lora needs v2's point")
     parser.add_argument("--tokens", type=int, default=60_000, help="to fit and train on")
     parser.add_argument("--val-tokens", type=int, default=4_000, help="to choose and to draw the courses on")
     parser.add_argument("--test-tokens", type=int, default=40_000, help="to judge v2 and the ends on")

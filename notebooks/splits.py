@@ -24,7 +24,7 @@ def harvest_splits(
     Returns:
         The study's prompts, at their last token, as `train` (n_train), `val` and `test` (an eighth each); `template`,
         as many prompts of templates never fitted on; `single`, the study's one free prompt; and at every position the
-        passages of `text`: `text_train`, `text_val`, `text`.
+        passages of `text`: `text_train`, `text_val`, `text`, of each one passage to 32 prompts if there are so many.
     """
     held = max(1, n_train // 8)
     sets = {"train": ("mixed", "train", n_train), "val": ("mixed", "val", held), "test": ("mixed", "test", held)}
@@ -32,7 +32,9 @@ def harvest_splits(
     texts = {"text_train": (text, "train"), "text_val": (text, "val"), "text": (text, "test")}
     go = partial(harvest, base, expert, out_dir=out_dir, progress=progress)
     last = {k: go(probe_set(*named), "last") for k, named in sets.items()}
-    return last | {k: go(probe_set(*named), "all") for k, named in texts.items()}
+    whole = {k: probe_set(*named) for k, named in texts.items()}
+    few = {k: replace(one, prompts=one.prompts[: max(1, n_train // 32)]) for k, one in whole.items()}
+    return last | {k: go(one, "all") for k, one in few.items()}
 
 
 def subset(a: Activations, n: int, first: int = 0) -> Activations:
