@@ -40,8 +40,8 @@ def run(monkeypatch: pytest.MonkeyPatch, headless: bool, *cells: str) -> tuple[l
     root = Path(__file__).parents[1]
     monkeypatch.setenv("PYTHONPATH", f"{root}{os.pathsep}{root / 'notebooks'}")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (DRAW, *cells)])
-    # The reply to a cell that moves a control is now and then noticed only when the wait for it ends.
-    client = NotebookClient(notebook, timeout_func=lambda cell: 10 if ".value = " in cell.source else 60)
+    # The reply to a cell that shows or moves a control is now and then noticed only when the wait for it ends.
+    client = NotebookClient(notebook, timeout_func=lambda cell: 60 if cell.source == DRAW else 15)
     client.execute()
     areas = [state for state in client.widget_state.values() if state.get("_model_name") == "OutputModel"]
     return [output for cell in notebook.cells[1:] for output in cell.outputs], areas[0]["outputs"] if areas else []
