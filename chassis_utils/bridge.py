@@ -36,7 +36,7 @@ class Bridged:
 
     mass: torch.Tensor  #: `(n, vocab + 2)`, float64
     undecided: torch.Tensor  #: `(n,)`, the total variation between `mass` and the truth is at most this; 1: no bound
-    passes: torch.Tensor  #: `(n,)`, continuations followed up, a pass of one token each
+    passes: torch.Tensor  #: `(n,)`, continuations followed up, a pass each behind the cached prompt
 
     @property
     def probabilities(self) -> torch.Tensor:
