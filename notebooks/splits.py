@@ -33,7 +33,7 @@ def harvest_splits(
     go = partial(harvest, base, expert, out_dir=out_dir, progress=progress)
     last = {k: go(probe_set(*named), "last") for k, named in sets.items()}
     whole = {k: probe_set(*named) for k, named in texts.items()}
-    few = {k: replace(one, prompts=one.prompts[: max(1, n_train // 32)]) for k, one in whole.items()}
+    few = {k: replace(one, prompts=one.prompts[: max(2, n_train // 32)]) for k, one in whole.items()}
     return last | {k: go(one, "all") for k, one in few.items()}
 
 

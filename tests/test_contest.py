@@ -67,6 +67,15 @@ def test_the_committed_crossings_follow_from_the_committed_courses() -> None:
         assert (courses.groupby(["rank", "lr", "budget"])["seconds"].max() < 1.1 * courses["budget"].max()).all()
 
 
+def test_the_committed_crossings_of_lenses_follow_from_their_courses() -> None:
+    for part in json.loads(contest.RESULTS.read_text()).values():
+        courses = pd.DataFrame(part["lens"]["courses"])
+        assert {one["layer"] for one in part["lens"]["ours"]} == set(courses["layer"])
+        for ours in part["lens"]["ours"]:
+            told = contest.crossing(courses[courses["layer"] == ours["layer"]], ours["kl"])
+            assert ours["passes"] < ours["seconds"] and told == pytest.approx(ours["crossing"], rel=1e-3)
+
+
 def test_parts_of_several_runs_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contest, "RESULTS", tmp_path / "contest.json")
     assert contest.known() == {}
