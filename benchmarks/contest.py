@@ -156,14 +156,14 @@ def lenses(contest: Contest, args: argparse.Namespace) -> None:
         seconds = time.process_time() - start
         held = harvest(base, expert, contest.held.probes, "all", [layer], progress=False)
         kl = float(evaluate(base, expert, ours, held)["kl"].iloc[-1])
-        # Step sizes fall to the end of a budget: a course made for less time is ahead of a longer one until then.
-        for times in LENS_BUDGETS:
-            courses.append(tuned_lens(replace(contest, seconds=times * seconds, test=None), layer).assign(budget=times))
-        mine = pd.concat([one for one in courses if one["layer"].iloc[0] == layer])
+        # Step sizes fall to the end of a budget: which one is there first is not known beforehand.
+        brief = {times: replace(contest, seconds=times * seconds, test=None) for times in LENS_BUDGETS}
+        mine = pd.concat([tuned_lens(one, layer).assign(budget=times) for times, one in brief.items()])
+        courses.append(mine)
         found.append({"layer": layer, "method": method, "kl": kl, "passes": passes, "seconds": seconds})
         found[-1]["crossing"] = crossing(mine, kl)
-        write(expert.name, {"lens": {"ours": found, "courses": plain(pd.concat(courses, ignore_index=True))}})
-        print(expert.name, found[-1])
+        print(expert.name, found[-1], flush=True)
+    write(expert.name, {"lens": {"ours": found, "courses": plain(pd.concat(courses, ignore_index=True))}})
 
 
 def effort(tried: pd.DataFrame) -> dict[str, object]:
@@ -188,8 +188,8 @@ def note(name: str, courses: list[pd.DataFrame], **more: object) -> dict[str, fl
     return crossings
 
 
-PARTS = {"v2": time_v2, "svd": cut_weights, "lora": train, "others": search_others, "lens": lenses}
-PARTS |= {"longer": train_longer}
+UNLESS_TOLD = {"v2": time_v2, "svd": cut_weights, "lora": train, "others": search_others, "lens": lenses}
+PARTS = UNLESS_TOLD | {"longer": train_longer}
 
 
 def main() -> None:
@@ -197,7 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpora", required=True, help="folder as the recipe of the pocket models reads it")
     parser.add_argument("--expert", choices=[*EXPERTS], help="only this one")
-    parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS][:5], help="lora needs v2's point")
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*UNLESS_TOLD], help="lora needs v2's point")
     parser.add_argument("--tokens", type=int, default=60_000, help="to fit and train on")
     parser.add_argument("--val-tokens", type=int, default=4_000, help="to choose and to draw the courses on")
     parser.add_argument("--test-tokens", type=int, default=40_000, help="to judge v2 and the ends on")

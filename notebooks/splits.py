@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from chassis_utils import Activations, ChassisError, LanguageModel, harvest, probe_set
+from chassis_utils import Activations, ChassisError, LanguageModel, Probes, harvest, probe_set
 from plugs import SyntheticExpert
 
 
@@ -29,12 +29,15 @@ def harvest_splits(
     held = max(1, n_train // 8)
     sets = {"train": ("mixed", "train", n_train), "val": ("mixed", "val", held), "test": ("mixed", "test", held)}
     sets |= {"template": ("unseen", "test", held), "single": ("single", "test")}
-    texts = {"text_train": (text, "train"), "text_val": (text, "val"), "text": (text, "test")}
+    texts = {"text_train": "train", "text_val": "val", "text": "test"}
+
+    def first(split: str) -> Probes:
+        whole = probe_set(text, split)
+        return replace(whole, prompts=whole.prompts[: max(2, n_train // 32)])
+
     go = partial(harvest, base, expert, out_dir=out_dir, progress=progress)
     last = {k: go(probe_set(*named), "last") for k, named in sets.items()}
-    whole = {k: probe_set(*named) for k, named in texts.items()}
-    few = {k: replace(one, prompts=one.prompts[: max(2, n_train // 32)]) for k, one in whole.items()}
-    return last | {k: go(one, "all") for k, one in few.items()}
+    return last | {k: go(first(split), "all") for k, split in texts.items()}
 
 
 def subset(a: Activations, n: int, first: int = 0) -> Activations:

@@ -181,8 +181,9 @@ def walk(browser: Any, site: Path, pages: dict[str, int], *widths: int) -> Itera
             # The plots must fit as well as the page, and captions into the frames of tables that do not.
             boxes = page.locator(".main-svg").evaluate_all("all => all.map(one => one.getBoundingClientRect().width)")
             assert all(box <= width for box in boxes), f"a plot of {name} is wider than {width}"
-            cut = "all => all.filter(one => one.offsetWidth > one.closest('.table-scroll, .text_html').clientWidth)"
-            cut = page.locator(".cell_output caption").evaluate_all(f"{cut}.map(one => one.textContent)")
+            wider = "one.offsetWidth > one.closest('.table-scroll, .text_html').clientWidth"
+            told = f"all => all.filter(one => {wider}).map(one => one.textContent)"
+            cut = page.locator(".cell_output caption").evaluate_all(told)
             assert not cut, f"captions of {name} are cut at {width}: {cut}"
             yield name, width, theme, page
         page.close()
