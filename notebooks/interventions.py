@@ -212,10 +212,12 @@ def rank_figure(frame: pd.DataFrame, title: str, target: tuple[float, float], qu
     flat = {(m, s): b for (m, r, s), b in bits.items() if math.isnan(r)}
     for trace in figure.data:
         method, _, expert, _ = trace.meta
+        if method is None:  # a word on what was not measured
+            continue
         every = [flat.get((method, expert)) or bits.loc[(method, rank, expert)] for rank in trace.x]
         trace.customdata = [[*old, new] for old, new in zip(trace.customdata, _numbers(every), strict=True)]
         shown = trace.hovertemplate or figure.layout.template.data.scatter[0].hovertemplate
-        trace.hovertemplate = shown.replace("<extra>", "<br>bits per byte %{customdata[4]:.3f}<extra>")
+        trace.hovertemplate = shown.replace("<extra>", "<br>bits per byte %{customdata[5]:.3f}<extra>")
     colour = style("reported")[1]
     figure.add_hrect(*target, fillcolor=colour, opacity=0.15, line_width=0)
     # On a log axis a shape is placed by its value, a text by its logarithm.

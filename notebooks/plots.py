@@ -76,14 +76,17 @@ def _numbers(values: Iterable[float]) -> list[float | int | None]:
     return [value and (int(value) if value.is_integer() else float(f"{value:.4g}")) for value in finite]
 
 
-def _points(rows: pd.DataFrame) -> list[list[float | int | None]]:
-    """What hovering shows: KL, identity, recovered share, n."""
-    return [_numbers(row) for row in rows[["kl", "kl_identity", "recovered", "n"]].to_numpy(float)]
-
-
 def _figures(value: float, unit: str = "") -> str:
     """Three significant digits as text, a dash where there is no figure."""
     return f"{float(f'{value:.3g}'):,g}{unit}" if math.isfinite(value) else "–"
+
+
+def _points(rows: pd.DataFrame) -> list[list[float | int | str | None]]:
+    """What hovering shows: KL, identity, recovered share, n, and the ends of the KL's 95% interval as text."""
+    ends = rows.reindex(columns=["kl_low", "kl_high"]).to_numpy(float)
+    spans = [f"{_figures(low)} to {_figures(high)}" if low == low else "–" for low, high in ends]
+    told = rows[["kl", "kl_identity", "recovered", "n"]].to_numpy(float)
+    return [[*_numbers(row), span] for row, span in zip(told, spans, strict=True)]
 
 
 def _measured(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
@@ -186,6 +189,17 @@ def _reach(values: pd.Series) -> dict[str, Any]:
     return {"yaxis.autorange": False, "yaxis.range": [-1.05, 1.05 * max(0.2, float(values.max()))]}
 
 
+def _lacking(ours: pd.DataFrame, by: str, entries: dict[Any, float], split: str, quantities: Iterable[str]
+             ) -> dict[Any, list[str]]:
+    """Entry of column `by` -> quantities of which nothing was measured there on this split; None if any entry's."""
+    found: dict[Any, list[str]] = {}
+    for entry, value in entries.items():
+        there = ours[(ours["split"] == split) & (ours[by].isna() | (ours[by] == value))]
+        found[entry] = [name for name in quantities if there[QUANTITIES[name][0]].isna().all()]
+    alike = len({*map(tuple, found.values())}) == 1
+    return {None: next(iter(found.values()))} if alike else found
+
+
 def _sweep(frame: pd.DataFrame, reported: pd.DataFrame | None, x: str, by: str, title: str, alt: str | None,
            quantity: str, split: str | None, see: str, lift: int = 8) -> tuple[go.Figure, list[float]]:
     """Lines over column `x`, one a method, with dropdowns for column `by`, for the split and for the quantity.
@@ -235,6 +249,16 @@ def _sweep(frame: pd.DataFrame, reported: pd.DataFrame | None, x: str, by: str, 
         traces.append({"type": "scatter", "x": _numbers(group[x]), "name": label, "customdata": [*group["hover"]],
                        "meta": [method, entry, where, place], **looks, **special})
         named.add((method, entry))
+    courses = [{name: _numbers(group[spec[0]]) for name, spec in quantities.items()} for group in groups]
+    # Menus combine freely: a choice of which nothing was measured says so, and is no frame without a word.
+    for where in identity:
+        known = dict(zip(entries, choices or [math.nan], strict=True))
+        for entry, names in _lacking(ours, by, known, where, quantities).items():
+            if names:
+                said = {"text": [f"not measured on {where}"], "mode": "text", "showlegend": False, "hoverinfo": "skip"}
+                place = {"x": [ticks[len(ticks) // 2]], "meta": [None, entry, where, ""]}
+                traces.append({"type": "scatter", "name": ""} | said | place)
+                courses.append({name: [1 if name in names else None] for name in quantities})
 
     axes = {name: {"yaxis.type": kind, "yaxis.title.text": text, "yaxis.tickformat": digits} | _reach(rows[column])
             for name, (column, kind, text, digits) in quantities.items()}
@@ -242,8 +266,7 @@ def _sweep(frame: pd.DataFrame, reported: pd.DataFrame | None, x: str, by: str, 
     menus = _dropdowns(
         draft, lift, (entries[-1], _owned(draft, 1, entries, "visible", True, False)),
         (split, _owned(draft, 2, identity, "yaxis", "y", "y2")),
-        (quantity, {name: [{"y": [_numbers(group[spec[0]]) for group in groups]}, axes[name]]
-                    for name, spec in quantities.items()}))
+        (quantity, {name: [{"y": [course[name] for course in courses]}, axes[name]] for name in quantities}))
     best = ours[ours["split"] == split].nsmallest(1, "kl")
     lowest = [f" The lowest is {style(row.method)[0]} at {_figures(row.kl)}." for row in best.itertuples()]
     alt = alt or (f"KL to the expert against {x} for {'; '.join(style(name)[0] for name in methods)}. On {split}, "

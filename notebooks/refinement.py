@@ -70,9 +70,10 @@ def refine(
         rate: Adam's step size, or the penalty of `near`; the others need none.
 
     Returns:
-        The last adapter, and `step`, `kl` (nats, on the training rows), `seconds` and `gradient` after each step, step
-        0 first. `gradient` is the norm that certifies an optimum, where the iteration knows it: a convex function is
-        nowhere lower than its value here less that norm times the distance, both in the metric of the step.
+        The last adapter, and `step`, `kl` (nats, on the training rows), `seconds`, `gradient` and `within` after each
+        step, step 0 first. `gradient` is the norm that certifies an optimum, where the iteration knows it: a convex
+        function is nowhere lower than its value here less that norm times the distance, both in the metric of the
+        step. `within` is the same in nats, which `near` alone can tell: its objective is nowhere lower by more.
 
     Raises:
         ChassisError: an unknown `how`, steps below 1, no positive rate, or an adapter that is not of logits at the
@@ -84,16 +85,16 @@ def refine(
         raise ChassisError(f"steps = {steps}, rate = {rate}: take at least one step, and a rate above zero")
     rows = _Rows(a, start)
     state = {place: a.layer(place).to(a.base.device) for place in {a.final, *start.reads}}
-    course = [(0, rows.kl(start.logits(a.base, state, rows.base)), 0.0, math.nan)]
+    course = [(0, rows.kl(start.logits(a.base, state, rows.base)), 0.0, math.nan, math.nan)]
     seconds, clock = 0.0, time.perf_counter()
     for step, adapter in enumerate(REFINERS[how](rows, start, steps, rate), 1):
         # What it costs to look is not counted.
         seconds += time.perf_counter() - clock
         reached = rows.kl(adapter.logits(a.base, state, rows.base))
-        course.append((step, reached, seconds, adapter.info.get("gradient", math.nan)))
+        course.append((step, reached, seconds, *(adapter.info.get(name, math.nan) for name in ("gradient", "within"))))
         clock = time.perf_counter()
     adapter = replace(adapter, method=how, fitted_on=a.probes.fingerprints, values=None)
-    return adapter, pd.DataFrame(course, columns=["step", "kl", "seconds", "gradient"])
+    return adapter, pd.DataFrame(course, columns=["step", "kl", "seconds", "gradient", "within"])
 
 
 def _adam(rows: _Rows, start: Adapter, steps: int, rate: float, batch: int = 32) -> Iterator[Adapter]:
@@ -175,10 +176,13 @@ def _near(rows: _Rows, start: Adapter, steps: int, rate: float) -> Iterator[Adap
     """The least KL that is not far from the start, which may know more rows than these; `gradient` is `kl_fit`'s."""
     first, both = rows.dense(start), rows.both.float().to(rows.x.device)
     own, adapters = rows.base + rows.with_one @ first.float(), []
+    scaled = rows.with_one.double() / rows.with_one.double().square().mean(0).sqrt()
+    most = float(torch.linalg.eigvalsh(scaled.T @ scaled / len(scaled))[-1])  # Proposition 8 of the mathematics
 
     def seen(weight: torch.Tensor, bias: torch.Tensor, gradient: float) -> None:
         whole = first + torch.cat([weight, bias[None]]) @ both.double()
-        adapters.append(replace(_from_dense(start, whole), info=start.info | {"gradient": gradient}))
+        told = {"gradient": gradient, "within": gradient**2 * (rate + most) / (2 * rate)}
+        adapters.append(replace(_from_dense(start, whole), info=start.info | told))
 
     kl_fit(rows.x, lambda some: (own[some], rows.p[some]), both, rate, seen, steps)
     yield from adapters or [start]  # no step is left to take from the optimum itself

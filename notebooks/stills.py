@@ -84,7 +84,8 @@ def _drawn(trace: dict[str, Any], x: _Axis, y: _Axis, colour: str, shift: float,
         return f'<path d="{path}" stroke="{colour}" stroke-width="{14 if before else 8}"/>'
     mode, dash = trace.get("mode", "lines"), DASHES.get(trace.get("line", {}).get("dash"), "none")
     if mode == "text":
-        return "".join(_text(a, b + 4, words) for (a, b), words in zip(points, trace["text"], strict=True))
+        texts = [words for words, *at in zip(trace["text"], trace["x"], trace["y"], strict=True) if None not in at]
+        return "".join(_text(a, b + 4, words) for (a, b), words in zip(points, texts, strict=True))
     path = " ".join(f"{across:.1f},{down:.1f}" for across, down in points) if "lines" in mode else ""
     dots = points if "markers" in mode else []
     line = f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'

@@ -170,6 +170,6 @@ def test_the_target_is_shown_for_kl_alone_and_bits_in_every_hover() -> None:
     quantities = {label: args[1] for label, args in buttons.items() if label not in "ef"}
     assert quantities["recovered"]["shapes[0].visible"] is False and quantities["KL (log)"]["shapes[0].visible"]
     assert not rank_figure(frame, "By rank", (1e-3, 1e-2), "recovered").layout.shapes[0].visible
-    bits = {trace.meta[0]: trace.customdata[0][4] for trace in figure.data if trace.meta[2] == "e"}
+    bits = {trace.meta[0]: trace.customdata[0][5] for trace in figure.data if trace.meta[2] == "e"}
     assert bits == {"identity": 1.5, "v1": 1.7, "rrr": 1.9}
     assert all("bits per byte" in trace.hovertemplate for trace in figure.data)

@@ -78,7 +78,10 @@ def test_every_combination_of_the_dropdowns_shows_exactly_what_they_say(draw: An
         place, split, quantity = (button["label"] for button in chosen)
         column = plots.QUANTITIES[quantity][0]
         traces = drawn(figure)
-        ours = [trace for trace in traces if trace["meta"][0] not in ("identity", "reported")]
+        said = [(trace["text"], trace["y"]) for trace in traces if trace.get("mode") == "text" and trace["y"] != [None]]
+        nothing = column == "bits_per_byte" and split != "text"
+        assert said == ([([f"not measured on {split}"], [1])] if nothing else [])
+        ours = [trace for trace in traces if trace["meta"][0] not in (None, "identity", "reported")]
         assert [trace["meta"][:3] for trace in ours] == [[method, place, split] for method in FULL[:2]]
         wanted = frame[(frame[by] == float(place.split()[1])) & (frame["split"] == split)]
         for trace in ours:
@@ -93,6 +96,23 @@ def test_every_combination_of_the_dropdowns_shows_exactly_what_they_say(draw: An
             assert trace["meta"][2] == split and trace["meta"][1] in (None, place)
         assert figure["layout"]["yaxis"]["type"] == plots.QUANTITIES[quantity][1]
         assert figure["layout"]["yaxis"]["title"]["text"] == plots.QUANTITIES[quantity][2]
+
+
+def test_a_quantity_that_some_entries_lack_is_missed_there_alone() -> None:
+    frame = grid(("rrr",))
+    frame.loc[(frame["layer"] == 2) & (frame["split"] == "text"), "bits_per_byte"] = None
+    figure = json.loads(plots.kl_vs_rank(frame, quantity="bits/byte", split="text").to_json())
+    for button in figure["layout"]["updatemenus"][0]["buttons"]:
+        click(figure, button)
+        words = [trace["text"] for trace in drawn(figure) if trace.get("mode") == "text" and trace["y"] != [None]]
+        assert words == ([["not measured on text"]] if button["label"] == "layer 2" else [])
+
+
+def test_hovering_tells_the_interval_where_there_is_one() -> None:
+    frame = grid(("rrr",)).assign(kl_low=0.25, kl_high=0.75)
+    for told, span in ((frame, "0.25 to 0.75"), (frame.drop(columns=["kl_low", "kl_high"]), "–")):
+        trace = next(t for t in plots.kl_vs_rank(told).data if t.meta[0] == "rrr")
+        assert {point[4] for point in trace.customdata} == {span}
 
 
 def test_what_is_shown_first_agrees_with_the_dropdowns_and_the_ticks_are_the_ranks() -> None:
@@ -142,7 +162,7 @@ def test_the_study_is_drawn_hollow_at_its_own_relative_depth() -> None:
 
 def colours(figure: go.Figure) -> dict[str, str]:
     found: dict[str, set[str]] = {}
-    for trace in figure.data:
+    for trace in (one for one in figure.data if one.meta[0]):
         found.setdefault(trace.meta[0], set()).add(trace.marker.color if trace.type == "bar" else trace.line.color)
     assert all(len(values) == 1 for values in found.values())
     return {method: values.pop() for method, values in found.items()}
@@ -296,7 +316,7 @@ def test_the_first_dropdown_offers_any_column_of_numbers() -> None:
     assert labels(menu) == [f"n_train {n}" for n in sizes] and menu["active"] == 2
     for button, n in zip(menu["buttons"], sizes, strict=True):
         click(figure, button)
-        shown = drawn(figure)
+        shown = [trace for trace in drawn(figure) if trace["y"] != [None]]
         assert [(trace["meta"][0], "mode" in trace) for trace in shown] == [
             ("identity", True), ("rrr", False), ("rrr", True), ("v2", False), ("v2", True), ("reported", False)]
         for trace in shown[1:5]:
