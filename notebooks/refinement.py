@@ -172,16 +172,26 @@ def _lbfgs(rows: _Rows, start: Adapter, steps: int, rate: float, span: bool = Fa
             yield replace(_from_dense(start, whole), info=start.info | {"gradient": float(theta.grad.norm())})
 
 
+def certified(features: torch.Tensor, penalty: float) -> Callable[[float], float]:
+    """Gradient's norm, as `kl_fit` tells it -> nats by which its objective is at most above its least value.
+
+    `features` are the rows `(n, p + 1)` with the one of the intercept; the bound is proved in the mathematics of the
+    book, "How far from the optimum".
+    """
+    scaled = features.double() / features.double().square().mean(0).sqrt()
+    most = float(torch.linalg.eigvalsh(scaled.T @ scaled / len(scaled))[-1])
+    return lambda gradient: gradient**2 * (penalty + most) / (2 * penalty)
+
+
 def _near(rows: _Rows, start: Adapter, steps: int, rate: float) -> Iterator[Adapter]:
     """The least KL that is not far from the start, which may know more rows than these; `gradient` is `kl_fit`'s."""
     first, both = rows.dense(start), rows.both.float().to(rows.x.device)
     own, adapters = rows.base + rows.with_one @ first.float(), []
-    scaled = rows.with_one.double() / rows.with_one.double().square().mean(0).sqrt()
-    most = float(torch.linalg.eigvalsh(scaled.T @ scaled / len(scaled))[-1])  # Proposition 8 of the mathematics
+    within = certified(rows.with_one, rate)
 
     def seen(weight: torch.Tensor, bias: torch.Tensor, gradient: float) -> None:
         whole = first + torch.cat([weight, bias[None]]) @ both.double()
-        told = {"gradient": gradient, "within": gradient**2 * (rate + most) / (2 * rate)}
+        told = {"gradient": gradient, "within": within(gradient)}
         adapters.append(replace(_from_dense(start, whole), info=start.info | told))
 
     kl_fit(rows.x, lambda some: (own[some], rows.p[some]), both, rate, seen, steps)

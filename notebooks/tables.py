@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from locks import locked
 from records import METRICS, read_records, replace_text
@@ -55,3 +56,46 @@ def write_table(out_dir: str | Path) -> pd.DataFrame:
         replace_text(folder / "results.csv", table.to_csv(index=False))
         replace_text(folder / "results.tex", style.to_latex(environment="longtable", hrules=True))
     return table
+
+
+def aims_table(rows: pd.DataFrame, caption: str) -> Styler:
+    """What was measured beside what was aimed at.
+
+    Args:
+        rows: columns of words, then `bound` ("at least" or "at most"), `aim`, `low` and `high`: the ends of what was
+            measured, the same where it has no interval, NaN where an end is not known. If there are such columns,
+            `value` is shown before the ends, `digits` is the format of a row's figures, and `reach` the most (or
+            least) that any way could come to.
+        caption: of the table.
+
+    Returns:
+        A table with the words, `aim`, `measured` and `outcome`: `met` or `missed` where both ends lie on one side of
+        the aim, `open` where it lies between them or an end is not known, `out of reach` where `reach` misses it too.
+    """
+    frame = rows.assign(**{name: rows.get(name) for name in ("value", "reach")})
+    frame = frame.astype({"value": float, "reach": float})
+    forms = rows.get("digits", pd.Series("{:.3g}", rows.index))
+
+    def measured(row: pd.Series) -> str:
+        low, high, value = (forms[row.name].format(row[name]) for name in ("low", "high", "value"))
+        if row["low"] == row["high"]:
+            return low
+        unknown = {"low": f"less than {high}", "high": f"more than {low}"}
+        span = next((words for end, words in unknown.items() if pd.isna(row[end])), f"{low} to {high}")
+        return span if pd.isna(row["value"]) else f"{value} ({span})"
+
+    least = frame["bound"] == "at least"
+
+    def right(lower: str, upper: str) -> pd.Series:
+        """Where the end that could miss a bound keeps it; not where that end is not known."""
+        return (frame[lower] >= frame["aim"]).where(least, frame[upper] <= frame["aim"])
+
+    shown = rows[rows.columns[: rows.columns.get_loc("bound")]].copy()
+    shown["aim"] = [f"{bound} {forms[i].format(aim)}" for i, bound, aim in frame[["bound", "aim"]].itertuples()]
+    shown["measured"] = frame.apply(measured, axis=1)
+    shown["outcome"] = "open"
+    wrong = (frame["high"] < frame["aim"]).where(least, frame["low"] > frame["aim"])
+    shown.loc[wrong, "outcome"] = "missed"
+    shown.loc[wrong & frame["reach"].notna() & ~right("reach", "reach"), "outcome"] = "out of reach"
+    shown.loc[right("low", "high"), "outcome"] = "met"
+    return shown.style.hide().set_caption(caption)
