@@ -191,6 +191,16 @@ def at_scale(told: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     }
 
 
+def aims(measured: Mapping[str, Any]) -> pd.DataFrame:
+    """Rows for `aims_table` of what `families.py` measured: time over bare passes, memory as text grows."""
+    quotients = measured["ratios"]["final layer / bare passes"]
+    (grown,) = (row["ratio"] for row in measured["memory"] if row["way"] == "gather, fit")
+    rows = [("harvest, fit and table, over the bare passes: median of three", 1.15, statistics.median(quotients))]
+    rows += [("peak memory at 16 times the tokens, over that at once", 1.2, grown)]
+    found = pd.DataFrame(rows, columns=["quantity", "aim", "low"])
+    return found.assign(bound="at most", high=found["low"])[["quantity", "bound", "aim", "low", "high"]]
+
+
 def told_of_card(told: Mapping[str, Any]) -> dict[str, str]:
     """Figures of `gpu.json` that a text names: sums on card and processor, ratios to bare passes, v2, memory."""
     rows = {(row["stage"], row["tokens"]): row for row in told["tinyllama"]}

@@ -74,10 +74,13 @@ def aims_table(rows: pd.DataFrame, caption: str) -> Styler:
     """
     frame = rows.assign(**{name: rows.get(name) for name in ("value", "reach")})
     frame = frame.astype({"value": float, "reach": float})
-    forms = rows.get("digits", pd.Series("{:.3g}", rows.index))
+
+    def told(row: pd.Series, name: str) -> str:
+        """A figure in its row's format, else with three digits."""
+        return row["digits"].format(row[name]) if "digits" in row else f"{float(f'{row[name]:.3g}'):,g}"
 
     def measured(row: pd.Series) -> str:
-        low, high, value = (forms[row.name].format(row[name]) for name in ("low", "high", "value"))
+        low, high, value = (told(row, name) for name in ("low", "high", "value"))
         if row["low"] == row["high"]:
             return low
         unknown = {"low": f"less than {high}", "high": f"more than {low}"}
@@ -91,7 +94,7 @@ def aims_table(rows: pd.DataFrame, caption: str) -> Styler:
         return (frame[lower] >= frame["aim"]).where(least, frame[upper] <= frame["aim"])
 
     shown = rows[rows.columns[: rows.columns.get_loc("bound")]].copy()
-    shown["aim"] = [f"{bound} {forms[i].format(aim)}" for i, bound, aim in frame[["bound", "aim"]].itertuples()]
+    shown["aim"] = [f"{row['bound']} {told(row, 'aim')}" for _, row in frame.iterrows()]
     shown["measured"] = frame.apply(measured, axis=1)
     shown["outcome"] = "open"
     wrong = (frame["high"] < frame["aim"]).where(least, frame["low"] > frame["aim"])

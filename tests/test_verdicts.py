@@ -193,7 +193,10 @@ def paired() -> Figures:
 
 
 def segmented() -> Figures:
-    figures: Figures = {("coverage", "segments", "text", None, None): 0.97}
+    figures: Figures = {
+        ("coverage", "segments", "text", None, None): 0.97,
+        ("undecided", "exact", "text", None, None): 0.02,
+    }
     return figures | {("total_variation", m, "text", None, None): x for m, x in (("segments", 0.03), ("layer", 0.04))}
 
 
@@ -342,6 +345,7 @@ CHANGES: list[tuple[str, str, Figures]] = [
     ("vocab_bridge_stage_c", "open", {(PLACED, "segments", "text", None, None): 0.94}),
     ("vocab_bridge_stage_c", "open", {(OFF, "layer", "text", None, None): 0.02}),
     ("vocab_bridge_stage_c", "open", {(OFF, m, "text", None, None): 0.06 for m in ("segments", "layer")}),
+    ("vocab_bridge_stage_c", "open", {("undecided", "exact", "text", None, None): 0.03}),
     ("best_adapter", "open", recovered("v2", "text", 0.79, rank=12)),
     ("against_training", "open", {("kl", "lora_64", "text", None, None): 0.09}),
     ("against_training", "open", {("ratio", "lora_4", "text", None, None): 0.9}),
