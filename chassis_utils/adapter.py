@@ -355,9 +355,11 @@ def difference(
     """
     if isinstance(a, Statistics):
         return *ridge(gram := a.train + a.held, lam), gram
-    x = a.layer(layer) if features is None else features({place: a.layer(place) for place in features.places})
-    y = torch.cat([a.expert_hidden, a.hidden[a.final]], dim=1)
-    gram = Gram.of(x, y, room(a.base, x.shape[1], y.shape[1], a.base.vocab_size))
+    features, y = features or Features((layer,)), torch.cat([a.expert_hidden, a.hidden[a.final]], dim=1)
+    found = {place: a.layer(place) for place in features.places}
+    p = sum(part.shape[1] for part in found.values()) + features.random
+    device = room(a.base, p, y.shape[1], a.base.vocab_size, len(a))  # before features of all rows are made
+    gram = Gram.of(features(found), y, device)
     return *ridge(gram, lam), gram
 
 

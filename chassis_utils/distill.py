@@ -104,7 +104,6 @@ def _near(a: Activations, layer: int, lam: float | None, passes: int = 15) -> Ad
         ours = readout.cap(plain + (held @ weight.float() + bias.float()) @ basis)
         tried.append((float(kl(target, ours).mean()), weight, bias))
         return min(one[0] for one in tried[-3:]) > min(one[0] for one in tried)
-
     kl_fit(xs, given, basis, lam, seen, passes, readout.cap)
     steps, (reached, weight, bias) = min(enumerate(tried), key=lambda one: one[1][0])
     kind = {"features": features, "space": "hidden", "info": {"lam": lam, "steps": steps, "held_out_kl": reached}}

@@ -99,7 +99,6 @@ class Port:
                 raise ChassisError("logits_to_keep picks positions, which adapters cannot follow: give a number")
             with self._passing:  # what hooks note in a pass is of that pass
                 return own_forward(*args, **kwargs)
-
         self.model.forward = forward
 
     @property

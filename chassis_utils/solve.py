@@ -1,4 +1,4 @@
-"""Streaming statistics and what is solved from them. The only solver there is."""
+"""Streaming statistics and what is solved from them: closed forms, and one descent that says how far off it is."""
 
 from __future__ import annotations
 
@@ -251,6 +251,5 @@ def kl_fit(
     def after(intermediate_result: OptimizeResult) -> None:
         if seen(*affine(intermediate_result.x)[1:], norms[-1]):
             raise StopIteration
-
     options = {"maxiter": passes, "ftol": 0, "gtol": 0}
     minimize(loss, np.zeros(len(left) * len(right)), jac=True, method="L-BFGS-B", callback=after, options=options)

@@ -126,7 +126,7 @@ def same_shape(base: LanguageModel, expert: Expert) -> bool:
     return alike and expert.hidden_size == base.hidden_size
 
 
-def room(base: LanguageModel, p: int, q: int, vocab: int) -> torch.device:
+def room(base: LanguageModel, p: int, q: int, vocab: int, rows: int = 0) -> torch.device:
     """Where to add up and solve: the base's GPU if that has room, else the processor; ChassisError: nor has that."""
     # Five times the sums (two sets, total, two to solve with), rows, heads, a map to them, logits.
     wanted, gpu = 8 * (5 * p * (p + q) + 2 * KEPT * (p + q)) + 4 * vocab * (2 * q + 6 * ROWS), base.device
@@ -134,6 +134,7 @@ def room(base: LanguageModel, p: int, q: int, vocab: int) -> torch.device:
         freed = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
         if wanted < 0.8 * (torch.cuda.mem_get_info(gpu)[0] + freed):
             return gpu
+    wanted += 4 * rows * p  # features that are not forgotten batch by batch, which stay with the processor
     if wanted > 0.8 * (free := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
         sizes = f"{wanted / 2**30:.1f} GiB to gather and to solve, on a machine of {free / 2**30:.1f} GiB"
         raise ChassisError(f"{p:,} features need {sizes}: read fewer places, or fewer random features")

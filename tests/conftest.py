@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 import torch
 import transformers as tf
-from axe_playwright_python.base import AXE_SCRIPT
 
 from chassis_utils import Activations, ChassisError, LanguageModel, Probes, harvest, load
 from plugs import SyntheticExpert
@@ -189,40 +188,6 @@ def walk(browser: Any, site: Path, pages: dict[str, int], *widths: int) -> Itera
         page.close()
     context.close()
     assert not faults
-
-
-#: Of each colour in a piece of code one word stays a word of that colour.
-THIN = """all => all.forEach(code => {
-  const seen = new Set();
-  for (const word of code.querySelectorAll("span:not(:has(*))")) {
-    if (seen.has(word.className)) word.replaceWith(word.textContent);
-    seen.add(word.className);
-  }
-})"""
-
-
-def barriers(page: Any, theme: str) -> list[str]:
-    """What axe finds serious on a page, and headings out of order, one line each.
-
-    The page changes only its colours with the theme, so that in the dark one only contrast is looked at. Rows of a
-    table are alike, and words of a kind in code: a few of each are enough, as axe takes minutes for a thousand.
-    """
-    page.locator("tbody tr:nth-child(n+4)").evaluate_all("all => all.forEach(row => row.remove())")
-    page.locator("pre").evaluate_all(THIN)
-    if not page.evaluate("'axe' in window"):
-        page.evaluate(AXE_SCRIPT)
-    # Without preload: that would fetch style sheets anew, which no page on a disk may.
-    options = {"resultTypes": ["violations"], "preload": False}
-    if theme == "dark":
-        options["runOnly"] = ["color-contrast"]
-    found = page.evaluate("options => axe.run(document, options)", options)
-    assert found["passes"], "axe has looked at nothing"
-    return [
-        f"{one['id']} ({theme}): {node['html'][:200]}"
-        for one in found["violations"]
-        for node in one["nodes"]
-        if one["impact"] in ("serious", "critical") or one["id"] == "heading-order"
-    ]
 
 
 def same(a: pd.DataFrame, b: pd.DataFrame) -> list[str]:

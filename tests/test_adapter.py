@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import alignment  # noqa: F401  registers hidden, aligned and projected
-from chassis_utils import Activations, Adapter, LanguageModel, Probes, evaluate, fit, harvest, load
+from chassis_utils import Activations, Adapter, Features, LanguageModel, Probes, evaluate, fit, harvest, load
 from chassis_utils.adapter import METHODS
 from plugs import SyntheticExpert, exact_adapter
 
@@ -716,3 +716,11 @@ def test_more_factors_than_any_map_needs_are_refused(base: LanguageModel, tmp_pa
         else:
             with refused("not a readable adapter folder"):
                 Adapter.load(folder, base)
+
+
+def test_rows_of_features_that_memory_cannot_hold_are_refused_before_they_are_made(
+    activations: Activations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Features, "__call__", lambda *_: pytest.fail("features were made"))
+    with refused("features need", "GiB", "fewer random features"):
+        fit(activations, "rrr", features=Features((activations.final,), random=10**7))

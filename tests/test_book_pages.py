@@ -15,7 +15,8 @@ import numpy as np
 import papermill
 import plotly.graph_objects as go
 import pytest
-from conftest import barriers, walk
+from conftest import walk
+from pages import barriers
 from test_plots import PHASE, grid
 
 from bookpages import figure_html

@@ -13,8 +13,8 @@ from threading import Thread
 
 import pandas as pd
 import pytest
-from conftest import barriers, same, walk
-from pages import Silent
+from conftest import same, walk
+from pages import Silent, barriers
 from test_book_pages import ROOT, browser, needs_browser
 
 from batch import Profile, build_book, load_profile, run
@@ -158,7 +158,8 @@ def pages_of(profile: Profile) -> dict[str, int]:
     # A page in Markdown shows the figures that it quotes from notebooks.
     quoted = re.compile(r"^```\{glue:\} \w*figure", re.MULTILINE)
     texts = {page: profile.root / f"{page}.md" for page in pages}
-    return pages | {page: len(quoted.findall(text.read_text())) for page, text in texts.items() if text.is_file()}
+    pages |= {page: len(quoted.findall(text.read_text())) for page, text in texts.items() if text.is_file()}
+    return pages | dict.fromkeys(("genindex", "prf-prf", "search"), 0)  # Sphinx makes these itself
 
 
 @needs_browser
