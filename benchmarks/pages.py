@@ -111,20 +111,20 @@ def taken(site: Path, folder: Path) -> None:
 
 def looked_at(browser: Any, address: str, site: Path, name: str) -> dict[str, Any]:
     """One page: megabytes, seconds to its first paint with nothing cached, and axe at either width and theme."""
-    page = browser.new_page(viewport={"width": WIDTHS[-1], "height": 844})
-    page.goto(f"{address}/{name}")
     row: dict[str, Any] = {"megabytes": (site / name).stat().st_size / 1e6}
-    row["first_paint"] = page.wait_for_function(PAINTED).json_value() / 1000
-    page.wait_for_function("[...document.querySelectorAll('.chassis-plot')].every(one => one.dataset.drawn)")
-    page.add_style_tag(content="* { transition: none !important }")  # no colour is judged on its way to another
     found: list[str] = []
-    for width in WIDTHS:
-        page.set_viewport_size({"width": width, "height": 844})
+    for width in WIDTHS:  # each in a context of its own, which has no script in its cache
+        page = browser.new_page(viewport={"width": width, "height": 844})
+        page.goto(f"{address}/{name}")
+        row["first_paint"] = page.wait_for_function(PAINTED).json_value() / 1000  # kept of the last width
+        page.wait_for_function("[...document.querySelectorAll('.chassis-plot')].every(one => one.dataset.drawn)")
+        page.wait_for_function("!document.querySelector('.math') || document.querySelector('mjx-container')")
+        page.add_style_tag(content="* { transition: none !important }")  # no colour is judged on its way to another
         for theme in ("light", "dark"):
             page.emulate_media(color_scheme=theme)
             page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
             found += [f"{width}: {one}" for one in barriers(page, theme)]
-    page.close()
+        page.close()
     return row | {"axe": found}
 
 
