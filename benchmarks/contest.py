@@ -125,7 +125,7 @@ def train(contest: Contest, args: argparse.Namespace) -> None:
         ends[rank] = float(tried["kl"].min())
         courses.append(tried.assign(budget=args.search))
         note(name, courses, search=sought, step_sizes=chosen)
-    # Step sizes decay to the end of a budget: a course that is made for less time is ahead of a longer one until then.
+    # Step sizes decay to the end of a budget: a course made for less time is mostly ahead of a longer one until then.
     best, second, _ = sorted(RANKS, key=ends.__getitem__)
     longer = {lr: run(best, lr, args.seconds / 4) for lr in (chosen[best], chosen[best] * LRS[0] / LRS[1])}
     chosen[best] = min(longer, key=longer.__getitem__)  # more steps may want smaller ones

@@ -47,7 +47,7 @@ def optimum(rows: Activations, start: Adapter, identity: float, held: Activation
     last = course.iloc[-1]
     found = {"family": start.method, "rows": len(rows), "passes": int(last["step"]), "penalty": args.penalty}
     found |= {name: float(last[name]) for name in ("gradient", "within")}
-    for name, step in (("closed", 0), ("few", FEW), ("end", -1)):
+    for name, step in (("closed", 0), ("few", min(FEW, len(course) - 1)), ("end", -1)):
         found[name] = {"rows": 1 - float(course["kl"].iloc[step]) / identity}
         found[name] |= {side: float(table.loc[name, side]) for side in ("recovered", "recovered_low", "recovered_high")}
     return found

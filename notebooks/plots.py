@@ -191,7 +191,7 @@ def _reach(values: pd.Series) -> dict[str, Any]:
 
 def _lacking(ours: pd.DataFrame, by: str, entries: dict[Any, float], split: str, quantities: Iterable[str]
              ) -> dict[Any, list[str]]:
-    """Entry of column `by` -> quantities of which nothing was measured there on this split; None if any entry's."""
+    """Entry of column `by` -> quantities not measured there on this split; key None if all lack the same."""
     found: dict[Any, list[str]] = {}
     for entry, value in entries.items():
         there = ours[(ours["split"] == split) & (ours[by].isna() | (ours[by] == value))]

@@ -178,7 +178,8 @@ def certified(features: torch.Tensor, penalty: float) -> Callable[[float], float
     `features` are the rows `(n, p + 1)` with the one of the intercept; the bound is proved in the mathematics of the
     book, "How far from the optimum".
     """
-    scaled = features.double() / features.double().square().mean(0).sqrt()
+    size = features.double().square().mean(0).sqrt()
+    scaled = features.double() / size.clamp(min=1e-6 * float(size.max()))  # as `kl_fit` has it
     most = float(torch.linalg.eigvalsh(scaled.T @ scaled / len(scaled))[-1])
     return lambda gradient: gradient**2 * (penalty + most) / (2 * penalty)
 

@@ -83,6 +83,8 @@ def aims_table(rows: pd.DataFrame, caption: str) -> Styler:
         low, high, value = (told(row, name) for name in ("low", "high", "value"))
         if row["low"] == row["high"]:
             return low
+        if pd.isna(row["low"]) and pd.isna(row["high"]):
+            return "not known"
         unknown = {"low": f"less than {high}", "high": f"more than {low}"}
         span = next((words for end, words in unknown.items() if pd.isna(row[end])), f"{low} to {high}")
         return span if pd.isna(row["value"]) else f"{value} ({span})"
