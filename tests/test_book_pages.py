@@ -296,7 +296,7 @@ def test_what_is_hidden_through_the_legend_stays_hidden_at_another_layer(site: P
     page.goto((site / "menu.html").as_uri())
     page.wait_for_selector(".chassis-plot[data-drawn]")
     traces = "document.querySelector('.chassis-canvas').data"
-    lines = f"{traces}.filter(t => t.visible === true).map(t => `${{t.legendgroup}} ${{t.meta[1]}}`)"
+    lines = f"{traces}.filter(t => t.visible === true && t.legendgroup).map(t => `${{t.legendgroup}} ${{t.meta[1]}}`)"
     shown = f"[...new Set({lines})].sort()"
     assert page.evaluate(shown) == ["identity null", "rrr layer 6", "v1 layer 6"]
 

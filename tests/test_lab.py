@@ -35,24 +35,7 @@ def test_a_notebook_runs_from_top_to_bottom(lab: Lab, stem: str) -> None:
     lab.choose("Run", "Run All Cells")
     lab.finished()
     assert lab.page.locator(".widget-dropdown select, .widget-slider").count(), "its widgets are missing"
-    if (menu := lab.page.locator(".widget-dropdown select").first).count():
-        choose_by_key(lab, menu)
     assert not lab.faults
-
-
-def choose_by_key(lab: Lab, menu: Any) -> None:
-    """Take the next entry of a dropdown, or the one before the last: the figure below it becomes another."""
-    plots = lab.page.locator(".jp-OutputArea-output:has(.widget-dropdown) .js-plotly-plot")
-
-    def drawn() -> str:
-        return plots.first.inner_html() if plots.count() else ""
-
-    before, chosen = drawn(), menu.input_value()
-    assert before, "the dropdown has no figure below it"
-    menu.focus()
-    last = menu.evaluate("menu => menu.selectedIndex === menu.length - 1")
-    lab.page.keyboard.press("ArrowUp" if last else "ArrowDown")
-    soon(lambda: menu.input_value() != chosen and drawn() not in ("", before), 60)
 
 
 @needs_browser
