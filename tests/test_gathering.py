@@ -351,7 +351,8 @@ def test_workers_spread_a_base_as_they_are_told(
     sums = gather(base, base, prompts, final(base), progress=False, batch_tokens=64)
     with Gathering(tmp_path / "sums", shard=24, workers=1, **where) as several:
         found = several(base, base, prompts, final(base), progress=False, batch_tokens=64)
-    torch.testing.assert_close(found.train.xx, sums.train.xx, rtol=1e-6, atol=1e-6)
+    # States are float32, and those of a shard lie in other batches: on some processors their last bits differ.
+    torch.testing.assert_close(found.train.xx, sums.train.xx, rtol=3e-5, atol=1e-4)
 
 
 def test_a_try_that_fails_is_told_and_made_again(base: LanguageModel, prompts: Probes, tmp_path: Path,

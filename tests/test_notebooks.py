@@ -108,7 +108,7 @@ def test_the_table_of_the_whole_run_lies_beside_its_records(profile: Profile, re
 
 
 def test_prose_types_no_figure_by_hand() -> None:
-    numbers = r"\[\d+\]\((?:#|run/)|^## \d+\."  # of experiments and pages; keys of sources have years
+    numbers = r"\[\d+\]\(#|\[\d+\](?=\(run/)|^## \d+\."  # of experiments and pages; keys of sources have years
     page = (ROOT / "book" / "right_and_wrong.md").read_text()
     prose = re.sub(rf"\{{(?:glue:text|cite)\}}`[^`]*`|{numbers}|\([^)\s]*\)", "", page, flags=re.MULTILINE)
     assert re.findall(r"\d[.,]\d|\d\d", prose) == ["16"]  # the strength of the synthetic expert
