@@ -113,9 +113,9 @@ def _load_scripts(app: Any, page: str, template: str, context: dict[str, Any], d
     # somewhere on the network. The book has no live cells.
     scripts = context["script_files"]
     scripts[:] = [script for script in scripts if "thebe" not in f"{script.filename} {script.attributes.get('body')}"]
-    loaded = ((MARK, "plotly.min.js"), (MARK, "figures.js"), (SORTABLE, "tables.js"), ("text_html", "reach.js"))
-    for mark, name in (*loaded, ('class="math', "reach.js")):
-        if mark in context.get("body", ""):
+    wanted = {"plotly.min.js": (MARK,), "figures.js": (MARK,), "tables.js": (SORTABLE,)}
+    for name, marks in (wanted | {"reach.js": ("text_html", 'class="math')}).items():
+        if any(mark in context.get("body", "") for mark in marks):
             app.add_js_file(name, loading_method="defer")
     if page == "search":
         app.add_js_file("search.js", loading_method="defer")
