@@ -1,9 +1,10 @@
 """What adapters to an expert with another tokenizer reach against how much text they read, judged once on test text.
 
-python benchmarks/bridged.py --corpora DIR [--tokens 2000 6000 20000 60000] [--natural 800000]
+python benchmarks/bridged.py --corpora DIR [--parts v2 natural] [--tokens 2000 6000 20000 60000 120000]
 
-Two families: `v2`, one change of the head's input (`fit`), and `natural`, edits of every block. Beside them bridges
-that need the expert at run time. The rate of `natural` and all choices were made on validation text.
+`v2` is one change of the head's input (`fit`); `natural` edits every block, and `natural_v2` is v2 behind these edits.
+Beside them bridges that need the expert at run time, on what the largest v2 read. The rate of `natural` and all choices
+were made on validation text. The parts may run side by side.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ import json
 import sys
 import time
 import warnings
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
-from bench import command
+from bench import command, keep
 from corpora import text
 
-from chassis_utils import Bridge, ForeignExpert, Probes, evaluate, fit, harvest, load
-from records import replace_text
+from chassis_utils import Bridge, ForeignExpert, LanguageModel, Probes, evaluate, fit, harvest, load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
 from natural import chunks, natural
@@ -35,65 +37,114 @@ COLUMNS += ["bits_per_byte"]
 RATE = 0.012  # of 0.004 and 0.012, after as many parts, the better on validation text
 
 
+@dataclass
+class Race:
+    """The models and texts that all adapters share, and what was found."""
+
+    base: LanguageModel
+    expert: ForeignExpert
+    whole: Probes
+    val: Probes
+    test: Probes
+    rows: list[dict] = field(default_factory=list)
+
+    @property
+    def places(self) -> list[int | str]:
+        """What v2 reads of an expert with another tokenizer."""
+        final = self.base.num_layers
+        return [final, final - 1, f"block {final - 1}"]
+
+    def part(self, tokens: int) -> list[Probes]:
+        """The training text in random order, in parts of so many tokens."""
+        lengths = [len(ids) for ids in self.base.tokenizer(list(self.whole.prompts), verbose=False)["input_ids"]]
+        return chunks(self.whole, lengths, tokens)
+
+    def judge(self, method: str, adapter: Any, positions: int, seconds: float, on: Probes | None = None) -> None:
+        """A row of what an adapter reaches, on validation text unless said."""
+        table = evaluate(self.base, self.expert, adapter, on or self.val, positions="all")
+        row = table.iloc[0 if method == "identity" else -1].to_dict()
+        self.rows.append(row | {"method": method, "positions": positions, "seconds": seconds})
+        shown = "method positions split kl recovered bits_per_byte seconds".split()
+        print({key: self.rows[-1][key] for key in shown}, flush=True)
+
+    def table(self, *more: pd.DataFrame) -> list[dict]:
+        """The rows, and others of the same columns, as they are kept."""
+        frame = pd.concat([pd.DataFrame(self.rows), *more], ignore_index=True)[COLUMNS]
+        return json.loads(frame.to_json(orient="records"))
+
+
+def closed(race: Race, args: argparse.Namespace) -> list[dict]:
+    """v2 at every size, and what needs the expert at run time."""
+    base, expert, places = race.base, race.expert, race.places
+    race.judge("identity", [], 0, 0.0)
+    for tokens in args.tokens:
+        start = time.process_time()
+        a = harvest(base, expert, race.part(tokens)[0], "all", places, progress=False)
+        adapter = fit(a)
+        spent = time.process_time() - start
+        race.judge("v2", adapter, len(a), spent)
+        print(adapter.info)
+    race.judge("identity", [], 0, 0.0, race.test)
+    race.judge("v2", adapter, len(a), spent, race.test)
+    there = harvest(base, expert, race.test, "all", [-1], progress=False)
+    bridges = {"hidden_to_hidden": hidden_to_hidden(a), "bytes": bytes_first(a), "bridge": target}
+    at_run_time = judged(there, bridges).assign(positions=len(a), seconds=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an expert that is as near to itself as can be
+        alone = [evaluate(expert.model, expert.model, [], some, positions="all") for some in (race.val, race.test)]
+    return race.table(at_run_time, pd.concat(alone).assign(method="expert", positions=0, seconds=None))
+
+
+def descended(race: Race, args: argparse.Namespace) -> list[dict]:
+    """Edits of every block by natural gradients, and v2 behind the last of them."""
+    base, expert, places = race.base, race.expert, race.places
+    start, parts = time.process_time(), race.part(args.part)
+    for number, (seen, _, edits) in enumerate(natural(base, expert, parts, RATE), 1):
+        spent = time.process_time() - start
+        if number & (number - 1) == 0 or number % 16 == 0 or number == len(parts):
+            race.judge("natural", edits, seen, spent)
+            start = time.process_time() - spent  # judging is not counted
+    start = time.process_time()
+    a = harvest(base.edited(*edits.edits), expert, race.part(args.behind)[0], "all", places, progress=False)
+    both = fit(a)
+    # Fitted to the edited base, it and the edits belong to the bare one.
+    info = both.info | {"base_revision": base.revision}
+    both = replace(both, edits=edits.edits, fitted_on=both.fitted_on | edits.fitted_on, info=info)
+    more = spent + time.process_time() - start
+    race.judge("natural_v2", both, seen, more)
+    race.judge("natural", edits, seen, spent, race.test)
+    race.judge("natural_v2", both, seen, more, race.test)
+    return race.table()
+
+
 def main() -> None:
-    """Fit at every size, judge, print the table, write `notebooks/bridged.json`."""
+    """Fit, judge, put the rows of every part into `notebooks/bridged.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpora", required=True, help="folder as the recipe of the pocket models reads it")
     parser.add_argument("--expert", default="pocket-phi")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2000, 6000, 20_000, 60_000], help="for v2")
-    parser.add_argument("--natural", type=int, default=800_000, help="tokens that natural reads")
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2000, 6000, 20_000, 60_000, 120_000], help="for v2")
+    parser.add_argument("--natural", type=int, default=1_000_000, help="tokens that natural reads")
     parser.add_argument("--part", type=int, default=8000, help="tokens a step of natural")
+    parser.add_argument("--behind", type=int, default=60_000, help="tokens of them that v2 behind natural reads again")
     parser.add_argument("--validation", type=int, default=6000)
     parser.add_argument("--test", type=int, default=20_000)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     base, own = load("pocket-base", device="cpu"), load(args.expert, device="cpu")
-    final = base.num_layers
-    places = [final, final - 1, f"block {final - 1}"]
-    whole = text(base, args.corpora, "math", "train", max(*args.tokens, args.natural))
-    val, test = (text(base, args.corpora, "math", s, n) for s, n in (("val", args.validation), ("test", args.test)))
-    lengths = [len(ids) for ids in base.tokenizer(list(whole.prompts), verbose=False)["input_ids"]]
-    rows, kept = [], []
-
-    def judge(method: str, adapter, expert: ForeignExpert, positions: int, seconds: float, on: Probes = val) -> None:
-        table = evaluate(base, expert, adapter, on, positions="all")
-        several = table if method == "identity" else table.iloc[1:]
-        rows.append(several.iloc[-1].to_dict() | {"method": method, "positions": positions, "seconds": seconds})
-        print({k: rows[-1][k] for k in ("method", "positions", "split", "kl", "recovered", "bits_per_byte", "seconds")})
-
+    sizes = {"train": max(*args.tokens, args.natural), "val": args.validation, "test": args.test}
+    whole, val, test = (text(base, args.corpora, "math", split, n) for split, n in sizes.items())
     # One rule for all: counted on all the text that anything is fitted on.
     expert = ForeignExpert(Bridge(own, base, "C"), whole)
-    judge("identity", [], expert, 0, 0.0)
-    for tokens in args.tokens:
-        start = time.perf_counter()
-        some = chunks(whole, lengths, tokens)[0]
-        a = harvest(base, expert, some, "all", places, progress=False)
-        adapter = fit(a)
-        judge("v2", adapter, expert, len(a), time.perf_counter() - start)
-    kept.append(("v2", adapter, len(a), rows[-1]["seconds"]))
-    bridges = {"hidden_to_hidden": hidden_to_hidden(a), "bytes": bytes_first(a)}
-    start, parts = time.perf_counter(), chunks(whole, lengths, args.part)
-    for number, (seen, _, adapter) in enumerate(natural(base, expert, parts, RATE), 1):
-        spent = time.perf_counter() - start
-        if number & (number - 1) == 0 or number % 16 == 0 or number == len(parts):
-            judge("natural", adapter, expert, seen, spent)
-            start = time.perf_counter() - spent  # judging is not counted
-    kept.append(("natural", adapter, seen, spent))
-    # The test text, once.
-    judge("identity", [], expert, 0, 0.0, test)
-    for method, adapter, positions, seconds in kept:
-        judge(method, adapter, expert, positions, seconds, test)
-    there = harvest(base, expert, test, "all", [-1], progress=False)
-    at_run_time = judged(there, bridges | {"bridge": target}).assign(positions=len(a), seconds=None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of an expert that is as near to itself as can be
-        alone = pd.concat([evaluate(own, own, [], some, positions="all") for some in (val, test)])
-    alone = alone.assign(method="expert", positions=0, seconds=None)
-    frame = pd.concat([pd.DataFrame(rows), at_run_time, alone], ignore_index=True)[COLUMNS]
-    setting = {"base": base.name, "expert": args.expert, "counted": whole.name}
-    setting |= {"threads": torch.get_num_threads(), "part": args.part, "rate": RATE}
-    print(frame.to_string(index=False, float_format="{:.4g}".format))
-    replace_text(RESULTS, json.dumps(setting | {"rows": json.loads(frame.to_json(orient="records"))}, indent=1) + "\n")
+    setting = {"base": base.name, "expert": args.expert, "counted": whole.name, "threads": torch.get_num_threads()}
+    setting |= {"part": args.part, "rate": RATE, "behind": args.behind}
+    for part in args.parts:
+        found = PARTS[part](Race(base, expert, whole, val, test), args)
+        print(pd.DataFrame(found).to_string(index=False, float_format="{:.4g}".format), flush=True)
+        keep(RESULTS, **setting, **{part: found})
 
+
+PARTS = {"v2": closed, "natural": descended}
 
 if __name__ == "__main__":
     command(main)

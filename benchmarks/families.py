@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench import RANKS, alone, bare, command, forget, keep, peak, quotients, reached, setting, show, timed, whole
+from bench import RANKS, alone, bare, command, forget, keep, quotients, reached, setting, show, timed, whole
+from scale import measured, memory
 
 from chassis_utils import (
     Activations,
@@ -72,30 +73,37 @@ def costs(base: LanguageModel, expert: LanguageModel, train: Probes, held_out: P
 
 
 def remember(names: tuple[str, str], prompts: tuple[str, ...], way: str) -> tuple[int, int]:
-    """Peak memory of this process, bytes: with both models loaded and run on one prompt, and at the end."""
+    """Memory of this process, bytes: held with both models loaded and run on one prompt, and what the way adds."""
     torch.set_num_threads(1)
     base, expert = (load(name, device="cpu") for name in names)
     for model in (base, expert):
         bare([model.backbone], whole(model, [Probes("one", "train", prompts[:1])]))
-    start, probes = peak(), Probes("written", "train", prompts)
-    if way == "gather, fit":
-        fit(gather(base, expert, probes, Features((base.num_layers,)), progress=False))
-    else:
-        layers = None if way == "harvest of all layers, fit" else [-1]
-        a: Activations = harvest(base, expert, probes, "all", layers, progress=False)
-        fit(a, blocks=way != "harvest, fit without edits")
-    return start, peak()
+    probes, beside = Probes("written", "train", prompts), {"progress": False}
+
+    def run() -> None:
+        if way == "gather, fit":
+            fit(gather(base, expert, probes, Features((base.num_layers,)), **beside))
+        else:
+            layers = None if way == "harvest of all layers, fit" else [-1]
+            a: Activations = harvest(base, expert, probes, "all", layers, **beside)
+            fit(a, blocks=way != "harvest, fit without edits")
+
+    # The peak starts again from what is held: loading the models takes more for a moment than small runs do.
+    held, (_, more) = memory("VmRSS"), measured(run, 0.0)
+    if held is None or more is None:
+        raise ChassisError("the peak of memory can be read on Linux alone: run this there")
+    return held, more
 
 
-def memory(names: tuple[str, str], text: Probes, tokens: list[int], small: int) -> list[dict]:
-    """Peak memory of each way at `small` passages and at 16 times as many, each in a process of its own."""
+def memories(names: tuple[str, str], text: Probes, tokens: list[int], small: int) -> list[dict]:
+    """Memory of each way at `small` passages and at 16 times as many, each in a process of its own."""
     found = []
     for way in ("gather, fit", "harvest, fit without edits", "harvest of all layers, fit"):
         sizes = [small, small * TIMES]
-        (start, low), (_, high) = alone(remember, [(names, text.prompts[:n], way) for n in sizes])
+        (held, low), (_, high) = alone(remember, [(names, text.prompts[:n], way) for n in sizes])
         few, many = (sum(tokens[:n]) for n in sizes)
-        row = {"way": way, "tokens": few, "tokens_large": many, "loaded_mib": start / 2**20}
-        row |= {"peak_mib": low / 2**20, "peak_large_mib": high / 2**20, "ratio": high / low}
+        row = {"way": way, "tokens": few, "tokens_large": many, "held_bytes": held}
+        row |= {"more_bytes": low, "more_bytes_large": high, "ratio": (held + high) / (held + low)}
         found.append(row | {"bytes_per_token": (high - low) / (many - few)})
     return found
 
@@ -116,7 +124,7 @@ def main() -> bool:
     base, expert = (load(name, device="cpu") for name in (args.base, args.expert))
     text = written(expert, max(args.passages, args.small * TIMES))
     tokens = [len(ids) for ids in tokenize(base, text)[0]]
-    remembered = memory((args.base, args.expert), text, tokens, args.small)
+    remembered = memories((args.base, args.expert), text, tokens, args.small)
     train = Probes(text.name, text.split, text.prompts[: args.passages])
     held_out = probe_set(args.held_out, "val")
     ratios = costs(base, expert, train, held_out)

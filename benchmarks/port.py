@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from bench import alone, command, setting
-from scale import TINYLLAMA, _memory, like_tinyllama, random_model
+from scale import TINYLLAMA, like_tinyllama, memory, random_model
 
 from chassis_utils import Adapter, Features, LanguageModel, Port, load
 from porting import overhead, swap
@@ -82,7 +82,7 @@ def resident(folder: str) -> tuple[int, int]:
     held = []
     for number in range(20 + PLUGS):
         port.plug(f"{number}", folder)
-        held.append(_memory("VmRSS"))
+        held.append(memory("VmRSS"))
     return one, held[-1] - held[19]
 
 

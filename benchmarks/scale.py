@@ -119,7 +119,7 @@ def words(shape: Shape, tokens: int, seed: int) -> Probes:
 # ----------------------------------------------------------------------------------------- measuring
 
 
-def _memory(name: str) -> int | None:
+def memory(name: str) -> int | None:
     """`VmRSS` or `VmHWM` of this process in bytes; None where there is no /proc."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -135,14 +135,14 @@ def measured(call: Callable[[], object], least: float = 0.5) -> tuple[float, int
         # What was freed goes back, and the peak starts again from what is held now.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        before = _memory("VmRSS")
+        before = memory("VmRSS")
     except (OSError, AttributeError):
         before = None
     while not times or (sum(times) < least and len(times) < 5):
         start = time.process_time()
         call()
         times.append(time.process_time() - start)
-    peak = _memory("VmHWM")
+    peak = memory("VmHWM")
     return min(times), None if before is None or peak is None else max(0, peak - before)
 
 
@@ -260,12 +260,12 @@ def whole_width(shape: Shape, tokens: int) -> list[dict[str, Any]]:
             lambda: evaluate(base, expert, [kept["a"].at_rank(r) for r in RANKS], kept["h"]),
         ),
     ]
-    rows, held = [], _memory("VmRSS")
+    rows, held = [], memory("VmRSS")
     for name, count, call in steps:
         seconds, peak = measured(call, 0.0)
         rows.append({"stage": name, "tokens": count, "seconds": seconds, "held_bytes": held, "peak_bytes": peak})
         tqdm.write(f"{shape.layers} layers: {name:<34}{seconds:9.2f} s")
-        held = _memory("VmRSS")
+        held = memory("VmRSS")
     return rows
 
 
@@ -280,7 +280,7 @@ def edited(shape: Shape, tokens: int) -> list[dict[str, Any]]:
     edit = Adapter("imitation", 1, *maps, base.name, base.head_hash, **kind)
     for layer, port in ((1, base), (2, base.edited(edit))):
         features = Features((layer - 1, f"block {layer - 1}"))
-        before = _memory("VmRSS")
+        before = memory("VmRSS")
         seconds, peak = measured(lambda: gather(port, expert, train, features, layer=layer, progress=False), 0.0)  # noqa: B023
         row = {"stage": f"gather for the edit of layer {layer}", "tokens": tokens, "seconds": seconds}
         rows.append(row | {"held_bytes": before, "peak_bytes": peak})

@@ -313,9 +313,8 @@ def fit(
     adapter = function(activations, layer % (base.num_layers + 1), lam, **options)
     probes = activations.probes if sums else (activations.probes,)
     info = {"n": len(activations), "lam": lam, "probes": " + ".join(one.name for one in probes)} | adapter.info
-    info |= {"positions": activations.positions, "expert": expert.name}
-    info |= {"base_revision": base.revision, "expert_revision": expert.revision}
-    info |= {"tokenizer_hash": base.tokenizer_hash, "licence": licence(expert)}
+    info |= {"positions": activations.positions, "expert": expert.name, "expert_revision": expert.revision}
+    info |= {"base_revision": base.revision, "tokenizer_hash": base.tokenizer_hash, "licence": licence(expert)}
     whole = *probes, *filter(None, [getattr(expert, "text", None)])  # what a rule was counted on is fitted on
     seen = frozenset().union(*(one.fingerprints for one in whole))
     adapter = replace(adapter, method=method, info=info, fitted_on=seen).to(base.device)
@@ -386,11 +385,10 @@ def _ridge(a: Activations, layer: int, lam: float, features: Features | None = N
 @method("rrr")
 def _rrr(a: Activations, layer: int, lam: float, features: Features | None = None, metric: str = "data") -> Adapter:
     """Difference to base logits, all columns; lower ranks optimal for the fitted error, or for `kl` about so."""
-    weight, bias, gram = difference(a, layer, lam, features)
-    both, shift = heads(a, bias.device)
     if metric not in ("data", "kl"):
         raise ChassisError(f"metric = '{metric}': choose data or kl")
-    columns = column_weights(a) if metric == "kl" else None
+    weight, bias, gram = difference(a, layer, lam, features)
+    columns, (both, shift) = column_weights(a) if metric == "kl" else None, heads(a, bias.device)
     factors = low_rank(weight, gram.xx, both, columns)
     return assembled(a, layer, factors, bias @ both + shift, info={"metric": metric}, features=features)
 

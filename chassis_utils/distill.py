@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import lru_cache, reduce
 from itertools import zip_longest
 from operator import add
 
@@ -17,10 +17,11 @@ from .adapter import Adapter, assembled, column_weights, heads, method
 from .errors import ChassisError
 from .features import Features
 from .metrics import kl
-from .solve import ROWS, Gram, kl_fit, low_rank, scaled_ridge
+from .solve import LOGITS, ROWS, Gram, kl_fit, low_rank, scaled_ridge
 from .statistics import FOLD, KEPT, Statistics, same_shape
 
 LAMS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+PENALTIES = (16.0, 5.0, 1.6, 0.5, 0.16, 0.05)  # of `near`
 
 
 @method("v2")
@@ -74,40 +75,46 @@ def _v2(
 
 
 @method("near")
-def _near(a: Activations, layer: int, lam: float | None, passes: int = 15) -> Adapter:
+def _near(a: Activations, layer: int, lam: float | None, passes: int = 40) -> Adapter:
     """The change of the head's input of least KL that is not far from none; the `v2` of a `ForeignExpert`.
 
-    It reads every place that was harvested. The targets need only be probabilities, so any expert will do. `lam` is the
-    penalty of `kl_fit`, 16 unless given; of its steps the one is kept that is best on every eighth prompt, held out.
+    It reads every place that was harvested. The targets need only be probabilities, so any expert will do. `lam`, the
+    penalty of `kl_fit`, falls from 16 unless given; how far, and how many steps, is chosen on every eighth prompt.
     """
-    base, final, lam = a.base, a.base.num_layers, 16.0 if lam is None else lam
-    out = a.prompt % FOLD == FOLD - 1
-    if layer != final or not 0 < lam < math.inf:
+    base, readout, final = a.base, a.base.readout, a.base.num_layers
+    out, lams = a.prompt % FOLD == FOLD - 1, PENALTIES if lam is None else (lam,)
+    if layer != final or not 0 < lams[0] < math.inf:
         raise ChassisError(f"layer {layer}, lam = {lam}: near wants the final layer, {final}, and lam above zero")
     if not 0 < int(out.sum()) < len(out):
         raise ChassisError(f"'{a.probes.name}' has fewer than {FOLD} prompts, and every eighth is held out: give more")
     features = Features((final, *(place for place in a.layers if place != final)))
-    x, readout = features(a.hidden), base.readout
-    parts = x, a.hidden[final], a.expert_hidden
+    x, *_ = parts = features(a.hidden), a.hidden[final], a.expert_hidden
     xs, states, theirs = (part[~out].to(base.device) for part in parts)
     held, *judged = (part[out][:: -(-int(out.sum()) // KEPT)].to(base.device) for part in parts)
     target, plain, basis = a.expert.readout(judged[1]), readout.linear(judged[0]), readout.weight.T
     if readout.softcap is None:
         basis = basis - basis.mean(1, keepdim=True)
-    nothing = basis.new_zeros(x.shape[1], len(basis)), basis.new_zeros(len(basis))
-    tried = [(float(kl(target, readout.cap(plain)).mean()), *nothing)]
-
-    def given(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        return readout.linear(states[rows]), a.expert.readout(theirs[rows]).softmax(-1)
+    told = lru_cache(2**29 // LOGITS)(lambda *at: a.expert.readout(theirs[slice(*at)]).softmax(-1))  # kept in 2 GiB
+    reached = [float(kl(target, readout.cap(plain)).mean())]
+    best = reached[0], 0, lams[0], basis.new_zeros(x.shape[1], len(basis)), basis.new_zeros(len(basis))
 
     def seen(weight: torch.Tensor, bias: torch.Tensor, _: float) -> bool:
+        nonlocal best
         ours = readout.cap(plain + (held @ weight.float() + bias.float()) @ basis)
-        tried.append((float(kl(target, ours).mean()), weight, bias))
-        return min(one[0] for one in tried[-3:]) > min(one[0] for one in tried)
-    kl_fit(xs, given, basis, lam, seen, passes, readout.cap)
-    steps, (reached, weight, bias) = min(enumerate(tried), key=lambda one: one[1][0])
-    kind = {"features": features, "space": "hidden", "info": {"lam": lam, "steps": steps, "held_out_kl": reached}}
-    return assembled(a, final, low_rank(weight, Gram.of(x, x[:, :0]).xx), bias, **kind)
+        reached.append(float(kl(target, ours).mean()))
+        best = min(best, (reached[-1], len(reached) - 1, lam, weight, bias), key=lambda one: one[0])
+        return min(reached[-3:]) > min(reached)
+
+    def given(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return readout.linear(states[rows]), told(rows.start, rows.stop)
+    for lam in lams:
+        del reached[1:]
+        kl_fit(xs, given, basis, lam, seen, passes, readout.cap)
+        if best[2] != lam:
+            break
+    kind = {"features": features, "space": "hidden"}
+    kind["info"] = dict(zip(("held_out_kl", "steps", "lam"), best[:3], strict=True))
+    return assembled(a, final, low_rank(best[3], Gram.of(x, x[:, :0]).xx), best[4], **kind)
 
 
 def _imitation(stats: Statistics, lams: Sequence[float], rank: int | None) -> Adapter:

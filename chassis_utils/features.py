@@ -11,7 +11,7 @@ import torch
 from .errors import ChassisError
 from .models import LanguageModel, Place
 
-KINDS = ("relu", "fourier")
+KINDS = {"relu": torch.relu, "fourier": torch.cos, "square": torch.square}
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Features:
 
     `places` are layers and `block b` (the inputs of every linear map of that block: its normed states, what its
     attention gathered, its MLP's inner values; the base computes them anyway). Random features are `relu(z R + u)`
-    (:cite:`cho2009kernel`) or `cos(z R + u)` (:cite:`rahimi2007random`), z being the places' values, each place scaled
-    to unit mean square, R and u drawn anew from the seed.
+    (:cite:`cho2009kernel`), `cos(z R + u)` (:cite:`rahimi2007random`) or, for products of two values, `(z R + u)^2`
+    (:cite:`kar2012random`), z being the places' values, each place scaled to unit mean square, R and u from the seed.
     """
 
     places: tuple[Place, ...]
     random: int = 0  #: How many random features
-    kind: str = "relu"  #: Of the random features: `relu` or `fourier`
+    kind: str = "relu"  #: Of the random features: `relu`, `fourier` or `square`
     width: float = 1.0  #: Size of z R: how fast the random features turn
     seed: int = 0
 
@@ -46,15 +46,13 @@ class Features:
             z = torch.cat(scaled, dim=-1)
             matrix, shift = (part.to(z) for part in _drawn(z.shape[-1], self.random, self.kind, self.width, self.seed))
             turned = z @ matrix + shift
-            found.append(turned.relu() if self.kind == "relu" else turned.cos())
+            found.append(KINDS[self.kind](turned))
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
     def sizes(self, base: LanguageModel) -> list[int]:
         """How many features each place gives, the random ones last; ChassisError: the base has no such place."""
-        for place in self.places:
-            base.layer_number(place)
-        token = torch.zeros(1, 1, dtype=torch.long)
-        hidden = base.states(token, torch.ones_like(token), self.places)
+        token, known = torch.zeros(1, 1, dtype=torch.long), [base.layer_number(place) for place in self.places]
+        hidden = base.states(token, torch.ones_like(token), known)
         return [hidden[place].shape[-1] for place in self.places] + [self.random] * (self.random > 0)
 
 

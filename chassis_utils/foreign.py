@@ -87,8 +87,7 @@ class ForeignExpert:
     @property
     def name(self) -> str:
         """Its name, the stage, and what was counted on."""
-        counted = "" if self.text is None else f", counted on {self.text.name}"
-        return f"{self.model.name} by bridge {self.bridge.stage}{counted}"
+        return f"{self.model.name} by bridge {self.bridge.stage}{f', counted on {self.text.name}' if self.text else ''}"
 
     @property
     def revision(self) -> str:

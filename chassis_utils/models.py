@@ -315,8 +315,7 @@ class LanguageModel:
         mask = torch.ones_like(ids)
         ours = self.readout(self.states(ids, mask)[self.num_layers][0])
         with torch.inference_mode():
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        own = logits[0, :, : self.vocab_size].float()
+            own = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, :, : ours.shape[1]].float()
         if not torch.isfinite(ours).all():
             raise ChassisError(f"{self.name}: NaN or infinity on plain tokens: damaged weights, or try dtype float32")
         gap = float((ours - own).abs().max() / own.abs().max().clamp(min=1e-6))

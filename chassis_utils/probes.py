@@ -53,8 +53,7 @@ class Probes:
     @cached_property
     def hashes(self) -> tuple[int, ...]:
         """One 63-bit number a prompt, in order."""
-        hashes = (hashlib.sha256(prompt.encode()).digest() for prompt in self.prompts)
-        return tuple(int.from_bytes(hashed[:8], "big") >> 1 for hashed in hashes)
+        return tuple(int.from_bytes(hashlib.sha256(one.encode()).digest()[:8], "big") >> 1 for one in self.prompts)
 
     @cached_property
     def fingerprints(self) -> frozenset[int]:

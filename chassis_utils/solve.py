@@ -219,9 +219,10 @@ def kl_fit(
     second = torch.cat([torch.cat([gram.xx, gram.xy], 1), torch.cat([gram.xy.T, gram.y.new_full((1, 1), n)], 1)]) / n
     values, vectors = torch.linalg.eigh(second / size / size.T)
     left = (vectors / (values.clamp(min=0) + lam).sqrt()) @ vectors.T
-    curvature = torch.zeros(len(basis), len(basis), dtype=torch.float64, device=x.device)
+    curvature, entropy = torch.zeros(len(basis), len(basis), dtype=torch.float64, device=x.device), 0.0
     for block in blocks:
         p = given(block)[1]
+        entropy += float(torch.special.entr(p).sum(dtype=torch.float64))
         mean = p @ basis.T
         curvature += ((basis * p.sum(0)) @ basis.T - mean.T @ mean).double() / n
     values, vectors = torch.linalg.eigh(curvature)
@@ -242,11 +243,11 @@ def kl_fit(
             with torch.enable_grad():
                 part = cross_entropy(cap(own + (x[block] @ weight + bias) @ basis), target, reduction="sum")
                 part.backward()
-            total += float(part.detach()) - float(torch.special.entr(target).sum(dtype=torch.float64))
+            total += float(part.detach())
         slope = torch.cat([weight.grad.double(), bias.grad.double()[None]]) / size / n
         slope = left @ (slope @ right.T + lam * moved)
         norms.append(float(slope.norm()))
-        return total / n + lam / 2 * float(moved.square().sum()), slope.flatten().cpu().numpy()
+        return (total - entropy) / n + lam / 2 * float(moved.square().sum()), slope.flatten().cpu().numpy()
 
     def after(intermediate_result: OptimizeResult) -> None:
         if seen(*affine(intermediate_result.x)[1:], norms[-1]):

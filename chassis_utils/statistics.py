@@ -89,8 +89,7 @@ def gather(
             theirs = expert.states(tokens, mask, [layer if layer != base.num_layers else expert.num_layers])
             target = next(iter(theirs.values()))[real].to(base.device)
         else:
-            bare = hidden if not base.edits else {layer: base.bare.states(tokens, mask)[layer][real]}
-            target = expert.transform(bare[layer])
+            target = expert.transform(base.bare.states(tokens, mask)[layer][real] if base.edits else hidden[layer])
         x, own = features(hidden), hidden[layer]
         y = torch.cat([target, own], dim=1) if layer == base.num_layers else target - own
         if not (good := (x.sum(1, dtype=torch.float64) + y.sum(1, dtype=torch.float64)).isfinite()).all():

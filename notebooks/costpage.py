@@ -177,8 +177,9 @@ def at_scale(told: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
         ends = f"{statistics.median(quotients):.2f} ({min(quotients):.2f} to {max(quotients):.2f})"
         families.append({"family": family, "over": below, "quotient": ends})
     for row in measured["memory"]:
-        grown = {"tokens": f"{row['tokens']:,}", "16 times": f"{row['tokens_large']:,}", "ratio": f"{row['ratio']:.2f}"}
-        peaks.append({"way": row["way"]} | grown)
+        more = {"added at once": size(row["more_bytes"]), "at 16 times": size(row["more_bytes_large"])}
+        grown = {"tokens": f"{row['tokens']:,}", "models": size(row["held_bytes"])} | more
+        peaks.append({"way": row["way"]} | grown | {"ratio with models": f"{row['ratio']:.2f}"})
     wide = pd.DataFrame(families).pivot(index="family", columns="over", values="quotient")
     wide = wide.loc[[*dict.fromkeys(row["family"] for row in families)]].rename_axis(columns=None).reset_index()
     about = f"One thread, {told['setting']['total']:,} tokens, carried on by stage; all stages at their bounds at once"
@@ -187,7 +188,7 @@ def at_scale(told: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
         about: pd.DataFrame(onward),
         f"One thread, random weights: the public calls on {fitted:,} tokens, the table on {judged:,}": calls,
         "Harvest, fit and table of six ranks on the pocket models, over bare passes of both": wide,
-        "Peak memory of a process at 16 times the tokens, over the peak at once": pd.DataFrame(peaks),
+        "Memory of a process: with both models loaded, and the peak above that as tokens grow": pd.DataFrame(peaks),
     }
 
 
@@ -197,7 +198,7 @@ def aims(measured: Mapping[str, Any]) -> pd.DataFrame:
     (grown,) = (row["ratio"] for row in measured["memory"] if row["way"] == "gather, fit")
     ends = min(quotients), max(quotients), statistics.median(quotients)
     rows = [("harvest, fit and table, over the bare passes: median and range of three rounds", "at most", 1.15, *ends)]
-    more = "peak memory at 16 times the tokens over that at one, models loaded included"
+    more = "peak memory at 16 times the tokens over that at once, from loaded models on"
     rows.append((more, "at most", 1.2, *3 * [grown]))
     return pd.DataFrame(rows, columns=["quantity", "bound", "aim", "low", "high", "value"])
 

@@ -137,6 +137,10 @@ def test_an_adapter_to_it_helps_on_other_text_and_is_kept_in_a_file(
     val = harvest(base, expert, probe_set("math-text", "val", 6), "all", adapter.reads, progress=False)
     rows = evaluate(base, expert, adapter, val)
     assert rows["recovered"].iloc[-1] > 0.02
+    # The penalty is the one of least held-out KL, and given by hand it leads to the same map.
+    chosen, strongest = (fit(a, lam=lam) for lam in (adapter.info["lam"], 16.0))
+    assert torch.equal(chosen.down @ chosen.up, adapter.down @ adapter.up)
+    assert adapter.info["lam"] < 16 and adapter.info["held_out_kl"] < strongest.info["held_out_kl"]
     path = adapter.save(tmp_path / "kept")  # type: ignore[operator]
     again = Adapter.load(path or tmp_path / "kept")  # type: ignore[operator]
     assert torch.equal(again.logits(base, val.hidden), adapter.logits(base, val.hidden))
