@@ -30,12 +30,12 @@ from chassis_utils import (  # noqa: E402
     load,
 )
 from chassis_utils.adapter import assembled  # noqa: E402
+from chassis_utils.distill import PENALTIES  # noqa: E402
 from chassis_utils.solve import Gram, kl_fit, low_rank  # noqa: E402
 from refinement import certified, refine  # noqa: E402
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "optimum.json"
 FEW = 10  # passes that the closed form may be helped by
-PENALTIES = (16.0, 1.6, 0.16)  # of `kl_fit`; the first is that of `fit`
 
 
 def optimum(rows: Activations, start: Adapter, identity: float, held: Activations, args: argparse.Namespace) -> dict:
@@ -70,7 +70,7 @@ def same(base: LanguageModel, args: argparse.Namespace) -> dict[str, list]:
 
 
 def foreign(base: LanguageModel, args: argparse.Namespace) -> dict[str, list]:
-    """An expert of another tokenizer: `fit`'s v2 of it, and the optima of its objective at three penalties."""
+    """An expert of another tokenizer: `fit`'s v2 of it, and the optima of its objective at its penalty and beside."""
     own, (train, val), kept = load("pocket-phi", device="cpu"), texts(base, "math", args), []
     expert = ForeignExpert(Bridge(own, base, "C"), train)
     final = base.num_layers
@@ -81,8 +81,10 @@ def foreign(base: LanguageModel, args: argparse.Namespace) -> dict[str, list]:
     x, basis = features(a.hidden), base.readout.weight.T
     basis = basis - basis.mean(1, keepdim=True)
 
+    told = a.expert.readout(a.expert_hidden).softmax(-1)  # made once: it costs more than the rest of a pass
+
     def given(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        return base.readout.linear(a.hidden[final][rows]), a.expert.readout(a.expert_hidden[rows]).softmax(-1)
+        return base.readout.linear(a.hidden[final][rows]), told[rows]
 
     def judged(adapter: Adapter) -> dict[str, float]:
         row = evaluate(base, expert, adapter, held).iloc[-1]
@@ -90,7 +92,8 @@ def foreign(base: LanguageModel, args: argparse.Namespace) -> dict[str, list]:
 
     kept.append({"family": "v2", "rows": len(a), "passes": v2.info["steps"], "penalty": v2.info["lam"], **judged(v2)})
     print(kept[-1], flush=True)
-    for penalty in PENALTIES:
+    chosen = PENALTIES.index(v2.info["lam"])
+    for penalty in PENALTIES[max(0, chosen - 1) : chosen + 2]:
         steps: list = []
         kl_fit(x, given, basis, penalty, lambda *step, to=steps: to.append(step), args.steps)
         weight, bias, gradient = steps[-1]

@@ -131,14 +131,14 @@ def test_an_adapter_to_it_helps_on_other_text_and_is_kept_in_a_file(
 ) -> None:
     base, phi = models
     expert = ForeignExpert(Bridge(phi, base, "C"), TEXT)
-    a = harvest(base, expert, probe_set("math-text", "train", 24), "all", [-1, -2], progress=False)
-    adapter = fit(a)
+    a = harvest(base, expert, probe_set("math-text", "train", 16), "all", [-1, -2], progress=False)
+    adapter = fit(a, passes=4)
     assert adapter.method == "v2" and adapter.info["held_out_kl"] > 0
     val = harvest(base, expert, probe_set("math-text", "val", 6), "all", adapter.reads, progress=False)
     rows = evaluate(base, expert, adapter, val)
     assert rows["recovered"].iloc[-1] > 0.02
     # The penalty is the one of least held-out KL, and given by hand it leads to the same map.
-    chosen, strongest = (fit(a, lam=lam) for lam in (adapter.info["lam"], 16.0))
+    chosen, strongest = (fit(a, lam=lam, passes=4) for lam in (adapter.info["lam"], 16.0))
     assert torch.equal(chosen.down @ chosen.up, adapter.down @ adapter.up)
     assert adapter.info["lam"] < 16 and adapter.info["held_out_kl"] < strongest.info["held_out_kl"]
     path = adapter.save(tmp_path / "kept")  # type: ignore[operator]
@@ -171,7 +171,7 @@ def test_what_cannot_be_is_refused(models: tuple[LanguageModel, LanguageModel]) 
         harvest(other, expert, TEXT, "all", progress=False)
     a = harvest(base, expert, replace(TEXT, prompts=TEXT.prompts[:9]), "all", [-1], progress=False)
     counted = ForeignExpert(Bridge(phi, base, "C"), probe_set("math-text", "test", 2))
-    leaked = fit(harvest(base, counted, TEXT, "all", [-1], progress=False))
+    leaked = fit(harvest(base, counted, TEXT, "all", [-1], progress=False), lam=16.0, passes=1)
     with refused("2 prompts", "fitted on"):
         evaluate(base, counted, leaked, counted.text, positions="all")
     for method in ("ridge", "rrr", "v1"):
