@@ -1,5 +1,6 @@
 """v2, its features and its statistics: against definitions, and that nothing about batches, order or files matters."""
 
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,9 +119,12 @@ def test_statistics_are_those_of_all_rows_at_once(rows: Activations, expert: Lan
 
 
 def test_statistics_of_other_models_or_features_do_not_add_up(
-    base: LanguageModel, expert: LanguageModel, prompts: Probes, synthetic: SyntheticExpert
+    base: LanguageModel, expert: LanguageModel, prompts: Probes, synthetic: SyntheticExpert, fresh: LanguageModel
 ) -> None:
     one = gather(base, expert, prompts, Features((3,)), progress=False)
+    fresh.model.model.layers[0].mlp.down_proj.weight[0] += 1.0
+    with refused("differ in base", base.name, base.revision):
+        one + gather(fresh, expert, prompts, Features((3,)), progress=False)
     with refused("differ in expert", synthetic.name, expert.name):
         one + gather(base, synthetic, prompts, Features((3,)), progress=False)
     with refused("in both statistics", "once"):
@@ -251,6 +255,38 @@ def test_an_expert_that_is_the_base_is_refused(base: LanguageModel, prompts: Pro
         fit(harvest(base, base, prompts, "all", [-1], progress=False))
     with pytest.warns(UserWarning, match="nothing to recover"):
         assert evaluate(base, base, [], prompts, positions="all")["recovered"].isna().all()
+
+
+def test_a_token_that_the_expert_never_says_costs_no_other(
+    base: LanguageModel, expert: LanguageModel, prompts: Probes
+) -> None:
+    silent, shift = copy(expert), expert.readout.shift
+    shift[7] = -80.0
+    silent.readout = replace(expert.readout, bias=shift)
+    a = harvest(base, silent, prompts, "all", [-1], progress=False)
+    ours, plain = (fit(a, "rrr", metric=metric) for metric in ("kl", "data"))
+    # Of full rank it is the same map, whatever columns weigh.
+    torch.testing.assert_close(ours.down @ ours.up, plain.down @ plain.up, rtol=1e-3, atol=1e-3)
+    assert ours.at_rank(2).logits(base, a.hidden).softmax(-1)[:, 7].max() < 1e-6
+
+
+def test_half_precision_that_overflows_names_the_prompt_and_what_to_do(
+    folders: dict[str, Path], expert: LanguageModel
+) -> None:
+    texts = [f"The sea, {'at last ' * (i % 4)}in year {i}" for i in range(40)]
+    texts[29] += " [é]"
+    probes = Probes("sea", "train", tuple(texts))
+    for dtype in (torch.float16, torch.float32):
+        model = load(str(folders["base"]), device="cpu", dtype=dtype)
+        rare = model.tokenizer("é", add_special_tokens=False)["input_ids"][-1]
+        table = model.model.model.embed_tokens.weight
+        table[rare] = 65504.0 * torch.randn(table.shape[1], generator=torch.Generator().manual_seed(0)).sign()
+        model.model.model.layers[0].mlp.down_proj.weight.mul_(1e3)
+        if dtype == torch.float32:
+            assert len(gather(model, expert, probes, Features((1,)), progress=False))
+            continue
+        with refused("NaN or infinity", "prompt 29 ", "float32"):
+            gather(model, expert, probes, Features((1,)), progress=False)
 
 
 def test_a_rank_for_a_budget_is_the_last_that_meets_it(solved: tuple[Activations, Adapter]) -> None:
