@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parents[1] / "notebooks" / "bridged.json"
 COLUMNS = (
     "method positions seconds split n kl kl_low kl_high kl_identity recovered recovered_low recovered_high".split()
 )
-COLUMNS += ["bits_per_byte"]
+COLUMNS += ["bits_per_byte", "lam", "steps"]
 RATE = 0.012  # of 0.004 and 0.012, after as many parts, the better on validation text
 
 
@@ -63,13 +63,14 @@ class Race:
         """A row of what an adapter reaches, on validation text unless said."""
         table = evaluate(self.base, self.expert, adapter, on or self.val, positions="all")
         row = table.iloc[0 if method == "identity" else -1].to_dict()
-        self.rows.append(row | {"method": method, "positions": positions, "seconds": seconds})
-        shown = "method positions split kl recovered bits_per_byte seconds".split()
+        chosen = {name: getattr(adapter, "info", {}).get(name) for name in ("lam", "steps")}
+        self.rows.append(row | {"method": method, "positions": positions, "seconds": seconds} | chosen)
+        shown = "method positions split kl recovered bits_per_byte seconds lam steps".split()
         print({key: self.rows[-1][key] for key in shown}, flush=True)
 
     def table(self, *more: pd.DataFrame) -> list[dict]:
         """The rows, and others of the same columns, as they are kept."""
-        frame = pd.concat([pd.DataFrame(self.rows), *more], ignore_index=True)[COLUMNS]
+        frame = pd.concat([pd.DataFrame(self.rows), *more], ignore_index=True).reindex(columns=COLUMNS)
         return json.loads(frame.to_json(orient="records"))
 
 
@@ -83,7 +84,6 @@ def closed(race: Race, args: argparse.Namespace) -> list[dict]:
         adapter = fit(a)
         spent = time.process_time() - start
         race.judge("v2", adapter, len(a), spent)
-        print(adapter.info)
     race.judge("identity", [], 0, 0.0, race.test)
     race.judge("v2", adapter, len(a), spent, race.test)
     there = harvest(base, expert, race.test, "all", [-1], progress=False)
@@ -136,11 +136,14 @@ def main() -> None:
     whole, val, test = (text(base, args.corpora, "math", split, n) for split, n in sizes.items())
     # One rule for all: counted on all the text that anything is fitted on.
     expert = ForeignExpert(Bridge(own, base, "C"), whole)
-    setting = {"base": base.name, "expert": args.expert, "counted": whole.name, "threads": torch.get_num_threads()}
-    setting |= {"part": args.part, "rate": RATE, "behind": args.behind}
+    setting = {"base": base.name, "expert": args.expert, "counted": whole.name, "text": whole.digest}
+    setting |= {"threads": torch.get_num_threads(), "part": args.part, "rate": RATE, "behind": args.behind}
     for part in args.parts:
         found = PARTS[part](Race(base, expert, whole, val, test), args)
         print(pd.DataFrame(found).to_string(index=False, float_format="{:.4g}".format), flush=True)
+        there = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        if any(there.get(name) != value for name, value in setting.items()):
+            RESULTS.unlink(missing_ok=True)  # the other part is of another setting
         keep(RESULTS, **setting, **{part: found})
 
 

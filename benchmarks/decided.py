@@ -15,7 +15,7 @@ from bench import command, keep
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
-from bridging import Places, StringBridge, bounds  # noqa: E402
+from bridging import Places, StringBridge, bounds, variation  # noqa: E402
 from chassis_utils import Bridge, ChassisError, load, probe_set  # noqa: E402
 from chassis_utils.bridge import Bridged  # noqa: E402
 from lookahead import beside, followed, least  # noqa: E402
@@ -63,6 +63,10 @@ def main() -> None:
             if quantity != "undecided" or name.startswith("exact"):
                 low, high = bounds(places.passage, values.double())
                 row |= {quantity: float(values.mean()), f"{quantity} low": low, f"{quantity} high": high}
+        # The reference is off by what it leaves undecided at most, either way.
+        off, left = variation(one.mass, reference.mass), reference.undecided
+        row["truth low"] = bounds(places.passage, (off - left).clamp(min=0))[0]
+        row["truth high"] = bounds(places.passage, off + left)[1]
         if name.startswith("exact"):
             row |= {"passes": int(name.split()[1]), "least": float(floor[int(name.split()[1])].mean())}
         rows.append(row)

@@ -17,7 +17,7 @@ from .adapter import Adapter, assembled, column_weights, heads, method
 from .errors import ChassisError
 from .features import Features
 from .metrics import kl
-from .solve import LOGITS, ROWS, Gram, kl_fit, low_rank, scaled_ridge
+from .solve import ROWS, Gram, kl_fit, low_rank, scaled_ridge
 from .statistics import FOLD, KEPT, Statistics, same_shape
 
 LAMS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -94,7 +94,8 @@ def _near(a: Activations, layer: int, lam: float | None, passes: int = 40) -> Ad
     target, plain, basis = a.expert.readout(judged[1]), readout.linear(judged[0]), readout.weight.T
     if readout.softcap is None:
         basis = basis - basis.mean(1, keepdim=True)
-    told = lru_cache(2**29 // LOGITS)(lambda *at: a.expert.readout(theirs[slice(*at)]).softmax(-1))  # kept in 2 GiB
+    kept = lru_cache(None if len(xs) * basis.shape[1] < 2**29 else 0)  # targets that 2 GiB hold are made once
+    told = kept(lambda *at: a.expert.readout(theirs[slice(*at)]).softmax(-1))
     reached = [float(kl(target, readout.cap(plain)).mean())]
     best = reached[0], 0, lams[0], basis.new_zeros(x.shape[1], len(basis)), basis.new_zeros(len(basis))
 
@@ -112,9 +113,8 @@ def _near(a: Activations, layer: int, lam: float | None, passes: int = 40) -> Ad
         kl_fit(xs, given, basis, lam, seen, passes, readout.cap)
         if best[2] != lam:
             break
-    kind = {"features": features, "space": "hidden"}
-    kind["info"] = dict(zip(("held_out_kl", "steps", "lam"), best[:3], strict=True))
-    return assembled(a, final, low_rank(best[3], Gram.of(x, x[:, :0]).xx), best[4], **kind)
+    kind = {"space": "hidden", "info": dict(zip(("held_out_kl", "steps", "lam"), best[:3], strict=True))}
+    return assembled(a, final, low_rank(best[3], Gram.of(x, x[:, :0]).xx), best[4], features=features, **kind)
 
 
 def _imitation(stats: Statistics, lams: Sequence[float], rank: int | None) -> Adapter:

@@ -21,7 +21,7 @@ class Features:
     `places` are layers and `block b` (the inputs of every linear map of that block: its normed states, what its
     attention gathered, its MLP's inner values; the base computes them anyway). Random features are `relu(z R + u)`
     (:cite:`cho2009kernel`), `cos(z R + u)` (:cite:`rahimi2007random`) or, for products of two values, `(z R + u)^2`
-    (:cite:`kar2012random`), z being the places' values, each place scaled to unit mean square, R and u from the seed.
+    (after :cite:`kar2012random`), z being the places' values, each place at unit mean square, R and u from the seed.
     """
 
     places: tuple[Place, ...]

@@ -211,7 +211,7 @@ class _Rules(Evidence):
     def semantic_bridges(self) -> Decision:
         long = {"split": "text", "probes": "math corpus"}
         (rival,), (most,) = (self.all("recovered", "hidden_to_hidden", end, **long) for end in ("value", "high"))
-        ours = {method: self.all("recovered", method, **long)[0] for method in ("v2", "natural")}
+        ours = {method: self.all("recovered", method, **long)[0] for method in ("v2", "natural", "natural_v2")}
         best = max(ours, key=ours.__getitem__)
         (low,), (bits,) = self.all("recovered", best, "low", **long), self.all("bits_per_byte", best, **long)
         (bare,) = self.all("bits_per_byte", "identity", **long)

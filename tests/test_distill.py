@@ -89,6 +89,7 @@ def test_random_features_come_from_the_seed_alone() -> None:
     assert one(hidden).shape == (7, 26) and turned.abs().max() <= 1 and one(hidden)[:, 17:].min() == 0
     relu, squared = one(hidden)[:, 17:], Features((0, 2), random=9, kind="square", seed=1)(hidden)[:, 17:]
     torch.testing.assert_close(squared[relu > 0], relu[relu > 0].square())
+    assert squared[relu == 0].min() > 0
     # The random part sees directions only: places of any size count alike.
     larger = one({0: 100 * hidden[0], 2: hidden[2]})
     torch.testing.assert_close(larger[:, 17:], one(hidden)[:, 17:], atol=1e-4, rtol=1e-4)
