@@ -81,10 +81,10 @@ def foreign(base: LanguageModel, args: argparse.Namespace) -> dict[str, list]:
     x, basis = features(a.hidden), base.readout.weight.T
     basis = basis - basis.mean(1, keepdim=True)
 
-    told = a.expert.readout(a.expert_hidden).softmax(-1)  # made once: it costs more than the rest of a pass
+    targets = a.expert.readout(a.expert_hidden).softmax(-1)  # made once: it costs more than the rest of a pass
 
     def given(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        return base.readout.linear(a.hidden[final][rows]), told[rows]
+        return base.readout.linear(a.hidden[final][rows]), targets[rows]
 
     def judged(adapter: Adapter) -> dict[str, float]:
         row = evaluate(base, expert, adapter, held).iloc[-1]
