@@ -406,13 +406,23 @@ def families(texts: Sequence[str], vocab_size: int = 2000) -> dict[str, Language
     unigram.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     unigram.train_from_iterator(lines, trainers.UnigramTrainer(unk_token="<unk>", **options))
     learned = [tuple(one) for one in json.loads(unigram.to_str())["model"]["vocab"]]
+    # Sums of threads differ in their last digits; letters not learned come last, in any order, which their scores tell.
+    least = round(min(score for _, score in learned), 6)
+    level = [(piece, least if score < least + 0.01 else round(score, 6)) for piece, score in learned[len(special) :]]
+    learned[len(special) :] = sorted(level, key=lambda one: (-one[1], one[0]))
     learned += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
     unigram.model = models.Unigram(learned, unk_id=0, byte_fallback=True)
     steps = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
     unigram.decoder = decoders.Sequence([*steps])
+    words = pre_tokenizers.BertPreTokenizer()
     wordpiece = Tokenizer(models.WordPiece(unk_token="<unk>"))
-    wordpiece.pre_tokenizer, wordpiece.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=False)
-    wordpiece.train_from_iterator(lines, trainers.WordPieceTrainer(**options))
+    wordpiece.pre_tokenizer, wordpiece.decoder = words, decoders.WordPiece(cleanup=False)
+    # The trainer numbers letters inside words as it meets them, in any order, and numbers decide between equal pairs.
+    inner = sorted({letter for line in lines for word, _ in words.pre_tokenize_str(line) for letter in word[1:]})
+    known = special + [f"##{letter}" for letter in inner]
+    wordpiece.train_from_iterator(lines, trainers.WordPieceTrainer(**options | {"special_tokens": known}))
+    wordpiece = Tokenizer.from_str(json.dumps(json.loads(wordpiece.to_str()) | {"added_tokens": []}))
+    wordpiece.add_special_tokens(special)
     ends = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     made = {
         "BPE": llama_tokenizer(texts, vocab_size),

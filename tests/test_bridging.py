@@ -305,6 +305,13 @@ def made() -> dict[str, LanguageModel]:
     return families([*probe_set("prose", "train", 3).prompts], 420)
 
 
+def test_tokenizers_trained_twice_are_the_same(made: dict[str, LanguageModel]) -> None:
+    again = families([*probe_set("prose", "train", 3).prompts], 420)
+    for name, toy in made.items():
+        one, two = (model.tokenizer.backend_tokenizer.to_str() for model in (toy, again[name]))
+        assert one == two, name
+
+
 def test_every_family_writes_text_and_reads_it_again(made: dict[str, LanguageModel]) -> None:
     text = "and the old house"
     for name, one in made.items():
