@@ -15,12 +15,13 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from bench import command, keep
+from bench import command, keep, write
 from corpora import text
 
 from chassis_utils import Bridge, ForeignExpert, LanguageModel, Probes, evaluate, fit, harvest, load
@@ -54,10 +55,14 @@ class Race:
         final = self.base.num_layers
         return [final, final - 1, f"block {final - 1}"]
 
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of every prompt of the training text."""
+        return [len(ids) for ids in self.base.tokenizer(list(self.whole.prompts), verbose=False)["input_ids"]]
+
     def part(self, tokens: int) -> list[Probes]:
         """The training text in random order, in parts of so many tokens."""
-        lengths = [len(ids) for ids in self.base.tokenizer(list(self.whole.prompts), verbose=False)["input_ids"]]
-        return chunks(self.whole, lengths, tokens)
+        return chunks(self.whole, self.lengths, tokens)
 
     def judge(self, method: str, adapter: Any, positions: int, seconds: float, on: Probes | None = None) -> None:
         """A row of what an adapter reaches, on validation text unless said."""
@@ -141,10 +146,9 @@ def main() -> None:
     for part in args.parts:
         found = PARTS[part](Race(base, expert, whole, val, test), args)
         print(pd.DataFrame(found).to_string(index=False, float_format="{:.4g}".format), flush=True)
-        there = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        if any(there.get(name) != value for name, value in setting.items()):
-            RESULTS.unlink(missing_ok=True)  # the other part is of another setting
-        keep(RESULTS, **setting, **{part: found})
+        there = keep(RESULTS)
+        alike = all(there.get(name) == value for name, value in setting.items())
+        write(RESULTS, (there if alike else {}) | setting | {part: found})  # no other part of another setting
 
 
 PARTS = {"v2": closed, "natural": descended}

@@ -19,6 +19,7 @@ from chassis_utils.adapter import assembled, difference, heads
 from chassis_utils.solve import low_rank
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "together.json"
+COLUMNS = ["n", "kl", "kl_identity", "recovered", "recovered_low", "recovered_high"]
 
 
 def main() -> None:
@@ -52,16 +53,13 @@ def main() -> None:
     p, count, found = len(down), len(EXPERTS), []
 
     def judge(way: str, factors: list, rank: int) -> None:
-        row = {
-            "way": way,
-            "rank": rank,
-            "numbers": rank * (p + count * vocab if way == "shared" else count * (p + vocab)),
-        }
+        row = {"way": way, "rank": rank}
+        row["numbers"] = rank * (p + count * vocab if way == "shared" else count * (p + vocab))
         for name, a, val, own, shift in zip(EXPERTS, rows, held, factors, shifts, strict=True):
             adapter: Adapter = assembled(a, final, own, shift, features=features).named(way).at_rank(rank)
-            row[name] = float(evaluate(base, val.expert, adapter, val)["recovered"].iloc[-1])
-        found.append(row)
-        print(json.dumps(row), flush=True)
+            told = json.loads(evaluate(base, val.expert, adapter, val).iloc[-1][COLUMNS].to_json())
+            found.append(row | {"expert": name} | told)
+            print(found[-1], flush=True)
 
     for rank in args.ranks:
         judge("each", maps, rank)
