@@ -3,8 +3,8 @@
 python benchmarks/bridged.py --corpora DIR [--parts v2 natural] [--tokens 2000 6000 20000 60000 120000]
 
 `v2` is one change of the head's input (`fit`); `natural` edits every block, and `natural_v2` is v2 behind these edits.
-Beside them bridges that need the expert at run time, on what the largest v2 read. The rate of `natural` and all choices
-were made on validation text. The parts may run side by side.
+Beside them bridges that need the expert at run time, fitted on all the text. The rate of `natural`, how often it reads
+the text and all other choices were made on validation text. The parts may run side by side.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ import torch
 from bench import command, keep, write
 from corpora import text
 
-from chassis_utils import Bridge, ForeignExpert, LanguageModel, Probes, evaluate, fit, harvest, load
+from chassis_utils import Activations, Bridge, ForeignExpert, LanguageModel, Probes, evaluate, fit, harvest, load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
 from natural import chunks, natural
-from semantic import bytes_first, hidden_to_hidden, judged, target
+from semantic import Answer, adapted, bytes_first, gains, hidden_to_hidden, judged, target
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "bridged.json"
 COLUMNS = (
     "method positions seconds split n kl kl_low kl_high kl_identity recovered recovered_low recovered_high".split()
 )
-COLUMNS += ["bits_per_byte", "lam", "steps"]
-RATE = 0.012  # of 0.004 and 0.012, after as many parts, the better on validation text
+COLUMNS += ["bits_per_byte", "lam", "steps", "gains"]
+RATE = 0.006  # 0.012 was the better one on validation text after a few parts, and got no further after many
 
 
 @dataclass
@@ -60,16 +60,22 @@ class Race:
         """Tokens of every prompt of the training text."""
         return [len(ids) for ids in self.base.tokenizer(list(self.whole.prompts), verbose=False)["input_ids"]]
 
-    def part(self, tokens: int) -> list[Probes]:
-        """The training text in random order, in parts of so many tokens."""
-        return chunks(self.whole, self.lengths, tokens)
+    @cached_property
+    def there(self) -> Activations:
+        """The test text, read by both models."""
+        return harvest(self.base, self.expert, self.test, "all", [-1], progress=False)
 
-    def judge(self, method: str, adapter: Any, positions: int, seconds: float, on: Probes | None = None) -> None:
-        """A row of what an adapter reaches, on validation text unless said."""
-        table = evaluate(self.base, self.expert, adapter, on or self.val, positions="all")
+    def part(self, tokens: int, seed: int = 0) -> list[Probes]:
+        """The training text in random order, in parts of so many tokens."""
+        return chunks(self.whole, self.lengths, tokens, seed)
+
+    def judge(self, method: str, adapter: Any, positions: int, seconds: float, last: bool = False) -> None:
+        """A row of what an adapter reaches on validation text, or at last on test text."""
+        table = evaluate(self.base, self.expert, adapter, self.test if last else self.val, positions="all")
         row = table.iloc[0 if method == "identity" else -1].to_dict()
-        chosen = {name: getattr(adapter, "info", {}).get(name) for name in ("lam", "steps")}
-        self.rows.append(row | {"method": method, "positions": positions, "seconds": seconds} | chosen)
+        row |= {name: getattr(adapter, "info", {}).get(name) for name in ("lam", "steps")}
+        row["gains"] = gains(self.there, adapted(adapter)) if last and adapter else None
+        self.rows.append(row | {"method": method, "positions": positions, "seconds": seconds})
         shown = "method positions split kl recovered bits_per_byte seconds lam steps".split()
         print({key: self.rows[-1][key] for key in shown}, flush=True)
 
@@ -89,11 +95,12 @@ def closed(race: Race, args: argparse.Namespace) -> list[dict]:
         adapter = fit(a)
         spent = time.process_time() - start
         race.judge("v2", adapter, len(a), spent)
-    race.judge("identity", [], 0, 0.0, race.test)
-    race.judge("v2", adapter, len(a), spent, race.test)
-    there = harvest(base, expert, race.test, "all", [-1], progress=False)
-    bridges = {"hidden_to_hidden": hidden_to_hidden(a), "bytes": bytes_first(a), "bridge": target}
-    at_run_time = judged(there, bridges).assign(positions=len(a), seconds=None)
+    race.judge("identity", [], 0, 0.0, last=True)
+    race.judge("v2", adapter, len(a), spent, last=True)
+    a = harvest(base, expert, race.whole, "all", [-1], progress=False)
+    bridges: dict[str, Answer] = {"hidden_to_hidden": hidden_to_hidden(a), "bytes": bytes_first(a), "bridge": target}
+    at_run_time = judged(race.there, bridges).assign(positions=len(a), seconds=None)
+    at_run_time["gains"] = [gains(race.there, answer) for answer in bridges.values()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of an expert that is as near to itself as can be
         alone = [evaluate(expert.model, expert.model, [], some, positions="all") for some in (race.val, race.test)]
@@ -103,10 +110,11 @@ def closed(race: Race, args: argparse.Namespace) -> list[dict]:
 def descended(race: Race, args: argparse.Namespace) -> list[dict]:
     """Edits of every block by natural gradients, and v2 behind the last of them."""
     base, expert, places = race.base, race.expert, race.places
-    start, parts = time.process_time(), race.part(args.part)
+    start = time.process_time()
+    parts = [part for seed in range(args.epochs) for part in race.part(args.part, seed)]
     for number, (seen, _, edits) in enumerate(natural(base, expert, parts, RATE), 1):
         spent = time.process_time() - start
-        if number & (number - 1) == 0 or number % 16 == 0 or number == len(parts):
+        if number & (number - 1) == 0 or number % 32 == 0 or number == len(parts):
             race.judge("natural", edits, seen, spent)
             start = time.process_time() - spent  # judging is not counted
     start = time.process_time()
@@ -117,8 +125,8 @@ def descended(race: Race, args: argparse.Namespace) -> list[dict]:
     both = replace(both, edits=edits.edits, fitted_on=both.fitted_on | edits.fitted_on, info=info)
     more = spent + time.process_time() - start
     race.judge("natural_v2", both, seen, more)
-    race.judge("natural", edits, seen, spent, race.test)
-    race.judge("natural_v2", both, seen, more, race.test)
+    race.judge("natural", edits, seen, spent, last=True)
+    race.judge("natural_v2", both, seen, more, last=True)
     return race.table()
 
 
@@ -129,26 +137,30 @@ def main() -> None:
     parser.add_argument("--expert", default="pocket-phi")
     parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2000, 6000, 20_000, 60_000, 120_000], help="for v2")
-    parser.add_argument("--natural", type=int, default=1_000_000, help="tokens that natural reads")
+    parser.add_argument("--text", type=int, default=1_270_000, help="tokens of the text")
+    parser.add_argument("--epochs", type=int, default=1, help="times that natural reads the text")
     parser.add_argument("--part", type=int, default=8000, help="tokens a step of natural")
-    parser.add_argument("--behind", type=int, default=60_000, help="tokens of them that v2 behind natural reads again")
+    parser.add_argument("--behind", type=int, default=60_000, help="tokens of it that v2 behind natural reads again")
     parser.add_argument("--validation", type=int, default=6000)
     parser.add_argument("--test", type=int, default=20_000)
     args = parser.parse_args()
     torch.set_num_threads(1)
     base, own = load("pocket-base", device="cpu"), load(args.expert, device="cpu")
-    sizes = {"train": max(*args.tokens, args.natural), "val": args.validation, "test": args.test}
+    sizes = {"train": max(*args.tokens, args.text), "val": args.validation, "test": args.test}
     whole, val, test = (text(base, args.corpora, "math", split, n) for split, n in sizes.items())
     # One rule for all: counted on all the text that anything is fitted on.
     expert = ForeignExpert(Bridge(own, base, "C"), whole)
     setting = {"base": base.name, "expert": args.expert, "counted": whole.name, "text": whole.digest}
-    setting |= {"threads": torch.get_num_threads(), "part": args.part, "rate": RATE, "behind": args.behind}
+    setting["threads"] = torch.get_num_threads()
+    steps = {"part": args.part, "rate": RATE, "epochs": args.epochs, "behind": args.behind}
     for part in args.parts:
         found = PARTS[part](Race(base, expert, whole, val, test), args)
-        print(pd.DataFrame(found).to_string(index=False, float_format="{:.4g}".format), flush=True)
+        shown = pd.DataFrame(found).drop(columns="gains")
+        print(shown.to_string(index=False, float_format="{:.4g}".format), flush=True)
         there = keep(RESULTS)
         alike = all(there.get(name) == value for name, value in setting.items())
-        write(RESULTS, (there if alike else {}) | setting | {part: found})  # no other part of another setting
+        found = {part: found} | (steps if part == "natural" else {})
+        write(RESULTS, (there if alike else {}) | setting | found)  # no other part of another setting
 
 
 PARTS = {"v2": closed, "natural": descended}

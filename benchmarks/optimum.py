@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +34,7 @@ from chassis_utils.adapter import assembled  # noqa: E402
 from chassis_utils.distill import PENALTIES  # noqa: E402
 from chassis_utils.solve import Gram, kl_fit, low_rank  # noqa: E402
 from refinement import certified, refine  # noqa: E402
+from semantic import adapted, gains  # noqa: E402
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "optimum.json"
 FEW = 10  # passes that the closed form may be helped by
@@ -86,9 +88,10 @@ def foreign(base: LanguageModel, args: argparse.Namespace) -> dict[str, list]:
     def given(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         return base.readout.linear(a.hidden[final][rows]), targets[rows]
 
-    def judged(adapter: Adapter) -> dict[str, float]:
+    def judged(adapter: Adapter) -> dict[str, Any]:
         row = evaluate(base, expert, adapter, held).iloc[-1]
-        return {side: float(row[side]) for side in ("recovered", "recovered_low", "recovered_high")}
+        shares = {side: float(row[side]) for side in ("recovered", "recovered_low", "recovered_high")}
+        return shares | {"gains": gains(held, adapted(adapter))}
 
     kept.append({"family": "v2", "rows": len(a), "passes": v2.info["steps"], "penalty": v2.info["lam"], **judged(v2)})
     print(kept[-1], flush=True)

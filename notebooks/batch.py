@@ -215,10 +215,14 @@ def run(
     busy = f"another run is writing to {out}: wait for its end, or give another folder"
     pages: dict[str, Future[str | None]] = {}
 
+    def stays(source: Path, values: dict[str, Any]) -> bool:
+        mark = out / f".{source.stem}.stamp"
+        return missing and mark.is_file() and mark.read_text() == _stamp(source, out, values)
+
     def page(source: Path, values: dict[str, Any]) -> str | None:
         """Run a page unless it may stay; why it failed, if it did."""
         mark, clock = out / f".{source.stem}.stamp", time.monotonic()
-        if missing and mark.is_file() and mark.read_text() == _stamp(source, out, values):
+        if stays(source, values):
             if progress:
                 print(f"{source.stem}: kept", flush=True)
             return None
@@ -239,7 +243,8 @@ def run(
     # Where an earlier page is what a later one waits for, nobody else has to: those that read come last.
     order = sorted(planned, key=readers.__contains__) if jobs > 1 else planned
     devices = {values.get("device", "cpu") for values in planned.values()}
-    warm = len(planned) > FEW and devices == {"cpu"} and sys.platform == "linux"
+    due = sum(not stays(source, planned[stem]) for stem, source in sources.items())
+    warm = due > FEW and devices == {"cpu"} and sys.platform == "linux"
     with ExitStack() as stack:
         lock, leash = stack.enter_context(_alone(out / ".run.lock", busy)), stack.enter_context(Leash())
         if warm:

@@ -32,6 +32,8 @@ class _Edit:
     reads: tuple[Place, ...]
     changes: Place
     weight: torch.Tensor  #: `(p + 1, hidden)`, the bias last
+    mean: torch.Tensor | None = None  #: of the weights after each step, the later ones counting more
+    steps: int = 0
     speed: torch.Tensor | None = None
     factors: tuple[torch.Tensor, torch.Tensor] | None = None  #: C and F, running means
     revision: str = "edit"
@@ -43,8 +45,9 @@ class _Edit:
         return self.seen @ self.weight + self.lever
 
     def step(
-        self, sums: Sequence[torch.Tensor], n: int, share: float, rate: float, damping: float, momentum: float
-    ) -> None:
+        self, sums: Sequence[torch.Tensor], n: int, share: float, rate: float, damping: float, momentum: float,
+        tail: float,
+    ) -> None:  # fmt: skip
         """Move along the natural gradient of these sums over n places."""
         c, slope, f = (one / n for one in sums)
         if self.factors is not None:
@@ -55,7 +58,8 @@ class _Edit:
         down = torch.linalg.solve(c / size / size.T + damping * eye[0], slope / size)
         down = torch.linalg.solve(f + FLOOR * f.diagonal().mean() * eye[1], down.T).T / size
         self.speed = -down if self.speed is None else momentum * self.speed - down
-        self.weight = self.weight + (rate * self.speed).float()
+        self.weight, self.steps = self.weight + (rate * self.speed).float(), self.steps + 1
+        self.mean = self.weight if self.mean is None else self.mean.lerp(self.weight, min(1.0, tail / self.steps))
 
 
 def chunks(probes: Probes, lengths: Sequence[int], tokens: int, seed: int = 0) -> list[Probes]:
@@ -84,15 +88,18 @@ def natural(
     rate: float = 0.004,
     damping: float = 1.0,
     momentum: float = 0.8,
+    tail: float = 4.0,
     batch_tokens: int = 2048,
 ) -> Iterator[tuple[int, float, Adapter]]:
-    """A step after each part of the text, every part read once: so what is said of a part was not fitted on it.
+    """A step after each part of the text; what is said of a part was not fitted on it, unless parts share prompts.
 
     `rate` is shared by the layers, rises over three parts and falls in a line to a tenth; `damping` is a share of each
-    column's mean square.
+    column's mean square. The edits that are given are a mean over steps, of which step t gets `tail / t`
+    (:cite:`shamir2013stochastic`): single steps follow the noise of their part. Up to `tail` steps it is the last one.
 
     Yields:
-        Positions seen, KL (nats) on the part before its step, and the adapter after it: edits, and no map at the end.
+        Positions seen, KL (nats) on the part before its step, where the step starts from, and the adapter after it:
+        edits, and no map at the end.
     """
     final, edits = base.num_layers, []
     for layer in range(1, final + 1):
@@ -111,7 +118,7 @@ def natural(
                 found[:] = [old + more for old, more in zip(found, new, strict=True)] if found else new
         now = rate / final * min(1.0, (number + 1) / 3) * max(0.1, 1 - number / len(parts))
         for edit, found in zip(edits, sums, strict=True):
-            edit.step(found, len(a), 1 / min(number + 1, 10), now, damping, momentum)
+            edit.step(found, len(a), 1 / min(number + 1, 10), now, damping, momentum, tail)
         seen += len(a)
         yield seen, lost / len(a), _adapter(base, expert, edits, parts[: number + 1])
 
@@ -120,12 +127,12 @@ def _adapter(base: LanguageModel, expert: Expert, edits: Sequence[_Edit], read: 
     """The edits as they stand; the adapter itself adds nothing."""
     found = []
     for edit in edits:
-        weight, seconds = edit.weight[:-1].double(), edit.factors[0][:-1, :-1]
+        weight, seconds = edit.mean[:-1].double(), edit.factors[0][:-1, :-1]
         down, up, values = (part.float() for part in low_rank(weight, seconds))
         kind = {"space": "hidden", "features": Features(edit.reads), "values": values}
         kind["onto"] = "stream" if edit.changes == "stream" else "layer"
         found.append(
-            Adapter("natural", edit.layer, down, up, edit.weight[-1].clone(), base.name, base.head_hash, **kind)
+            Adapter("natural", edit.layer, down, up, edit.mean[-1].clone(), base.name, base.head_hash, **kind)
         )
     read = [*read, *filter(None, [getattr(expert, "text", None)])]
     fitted = frozenset().union(*(probes.fingerprints for probes in read))

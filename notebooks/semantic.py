@@ -6,15 +6,15 @@ All speak where both tokenizers have an end, and leave the base's own opinion el
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 
 from bridging import bounds, logits
-from chassis_utils import Activations, Bridge, ChassisError, ForeignExpert, Gram, LanguageModel, ridge
-from chassis_utils.metrics import kl
+from chassis_utils import Activations, Adapter, Bridge, ChassisError, ForeignExpert, Gram, LanguageModel, ridge
+from chassis_utils.metrics import kl, places_read, ratio_bounds
 from chassis_utils.tokens import token_bytes
 
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -130,6 +130,31 @@ def judged(a: Activations, answers: Mapping[str, Answer]) -> pd.DataFrame:
         row |= {"base_revision": a.base.revision, "expert_revision": a.expert.revision}
         rows.append(row | {"bits_per_byte": _nats(a, said) / math.log(2) / a.num_bytes})
     return pd.DataFrame(rows)
+
+
+def adapted(adapter: Adapter) -> Answer:
+    """What the base alone says with an adapter and its edits."""
+    return lambda a: adapter.logits(a.base, a.on(a.base.edited(*adapter.edits), places_read([adapter])).hidden)
+
+
+def gains(a: Activations, answer: Answer) -> list[float]:
+    """By how much an answer is nearer to the bridge's target than the base is: nats of KL, summed up by prompt."""
+    wanted = target(a)
+    gained = kl(wanted, logits(a.base, a.hidden[a.final])) - kl(wanted, answer(a))
+    _, number = a.prompt.unique(return_inverse=True)
+    return gained.new_zeros(int(number.max()) + 1).index_add_(0, number, gained).tolist()
+
+
+def over(one: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """Ends and value of the quotient of two shares, of `gains` at the same prompts: 95%, prompts are the sample.
+
+    Both are judged on the same prompts, and a hard one is hard for both: the quotient is known far better than by the
+    intervals of the two shares.
+    """
+    gained, by = (torch.tensor(sums, dtype=torch.float64) for sums in (one, other))
+    if len(gained) != len(by):
+        raise ChassisError(f"{len(gained)} prompts over {len(by)}: judge both on the same")
+    return *ratio_bounds(gained, by), float(gained.sum() / by.sum())
 
 
 def ends(a: Activations) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pandas as pd
@@ -22,7 +23,19 @@ from chassis_utils import (
 )
 from chassis_utils.tokens import token_bytes
 from natural import chunks, natural
-from semantic import STRENGTHS, bytes_first, embeddings, ends, half_way, hidden_to_hidden, judged, target
+from semantic import (
+    STRENGTHS,
+    adapted,
+    bytes_first,
+    embeddings,
+    ends,
+    gains,
+    half_way,
+    hidden_to_hidden,
+    judged,
+    over,
+    target,
+)
 
 TEXT = probe_set("math-text", "train", 20)
 LENGTHS = [100] * len(TEXT)
@@ -47,6 +60,24 @@ def test_what_is_told_of_a_part_is_the_kl_of_the_edits_before_it(base: LanguageM
     for part, kl, adapter in zip(parts, told, adapters, strict=False):
         measured = evaluate(base, foreign, adapter, part, positions="all", allow_overlap=True)["kl"].iloc[-1]
         assert kl == pytest.approx(measured, rel=1e-4)
+
+
+def test_the_edits_are_a_mean_of_the_steps_which_count_more_the_later(
+    base: LanguageModel, foreign: ForeignExpert
+) -> None:
+    """The steps themselves do not know of it, and up to `tail` of them it is the last one."""
+    parts = [replace(TEXT, prompts=TEXT.prompts[i : i + 2]) for i in range(0, 8, 2)]
+
+    def course(tail: float) -> list[torch.Tensor]:
+        edits = (adapter.edits[-1] for _, _, adapter in natural(base, foreign, parts, rate=0.01, tail=tail))
+        return [edit.down @ edit.up for edit in edits]
+
+    steps, means, late = course(math.inf), course(2), course(4)
+    assert all(torch.allclose(one, two, atol=1e-6) for one, two in zip(steps, late, strict=True))
+    wanted = [steps[0], steps[1], steps[1] / 3 + steps[2] * 2 / 3]  # t gets 2 / t: all, all, two thirds, a half
+    wanted.append((wanted[2] + steps[3]) / 2)
+    assert all(torch.allclose(one, two, atol=1e-6) for one, two in zip(means, wanted, strict=True))
+    assert not torch.allclose(means[3], steps[3], atol=1e-3 * float(steps[3].abs().max()))
 
 
 def test_batches_change_nothing_and_the_base_stays_as_it_was(base: LanguageModel, foreign: ForeignExpert) -> None:
@@ -150,6 +181,26 @@ def test_judged_agrees_with_evaluate(base: LanguageModel, foreign: ForeignExpert
     for name in ("kl", "kl_identity", "kl_low", "kl_high", "bits_per_byte"):
         assert rows[name].iloc[0] == pytest.approx(known[name], rel=1e-5)
     assert rows["kl"].iloc[1] == pytest.approx(0, abs=1e-9) and rows["recovered"].iloc[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_gains_are_the_share_of_evaluate_by_prompt(base: LanguageModel, foreign: ForeignExpert) -> None:
+    """Of an adapter with edits too, in any order of the prompts; the quotient of a share by itself is one, for sure."""
+    *_, (_, _, edits) = natural(base, foreign, chunks(TEXT, LENGTHS, 500), rate=0.01)
+    held = probe_set("math-text", "val", 6)
+    a = harvest(base, foreign, held, "all", [-1], progress=False)
+    row = evaluate(base, foreign, edits, held, positions="all").iloc[-1]
+    sums = gains(a, adapted(edits))
+    assert len(sums) == len(held)
+    assert sum(sums) / len(a) == pytest.approx(row["kl_identity"] - row["kl"], rel=1e-5)
+    other = replace(held, prompts=held.prompts[::-1])
+    back = gains(harvest(base, foreign, other, "all", [-1], progress=False), adapted(edits))
+    assert back[::-1] == pytest.approx(sums, rel=1e-4)
+    assert over(sums, sums) == pytest.approx((1, 1, 1))
+    whole = gains(a, target)
+    assert over(sums, whole)[2] == pytest.approx(row["recovered"], rel=1e-5)
+    assert over(sums, whole)[:2] == pytest.approx((row["recovered_low"], row["recovered_high"]), rel=1e-4)
+    with refused("6", "5", "same"):
+        over(sums, whole[1:])
 
 
 def test_embeddings_and_states_need_an_expert_of_another_tokenizer(base: LanguageModel) -> None:
