@@ -151,7 +151,7 @@ def main() -> None:
     # One rule for all: counted on all the text that anything is fitted on.
     expert = ForeignExpert(Bridge(own, base, "C"), whole)
     setting = {"base": base.name, "expert": args.expert, "counted": whole.name, "text": whole.digest}
-    setting["threads"] = torch.get_num_threads()
+    setting |= {"val": val.digest, "test": test.digest, "threads": torch.get_num_threads()}
     steps = {"part": args.part, "rate": RATE, "epochs": args.epochs, "behind": args.behind}
     for part in args.parts:
         found = PARTS[part](Race(base, expert, whole, val, test), args)

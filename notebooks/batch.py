@@ -243,11 +243,10 @@ def run(
     # Where an earlier page is what a later one waits for, nobody else has to: those that read come last.
     order = sorted(planned, key=readers.__contains__) if jobs > 1 else planned
     devices = {values.get("device", "cpu") for values in planned.values()}
-    due = sum(not stays(source, planned[stem]) for stem, source in sources.items())
-    warm = due > FEW and devices == {"cpu"} and sys.platform == "linux"
     with ExitStack() as stack:
         lock, leash = stack.enter_context(_alone(out / ".run.lock", busy)), stack.enter_context(Leash())
-        if warm:
+        due = sum(not stays(source, planned[stem]) for stem, source in sources.items())  # at least: pages read others
+        if due > FEW and devices == {"cpu"} and sys.platform == "linux":
             share |= stack.enter_context(_nursery(share, leash))
         with ThreadPoolExecutor(jobs) if jobs > 1 else InProcess() as pool:
             try:

@@ -94,8 +94,9 @@ def natural(
     """A step after each part of the text; what is said of a part was not fitted on it, unless parts share prompts.
 
     `rate` is shared by the layers, rises over three parts and falls in a line to a tenth; `damping` is a share of each
-    column's mean square. The edits that are given are a mean over steps, of which step t gets `tail / t`
-    (:cite:`shamir2013stochastic`): single steps follow the noise of their part. Up to `tail` steps it is the last one.
+    column's mean square. The edits that are given are a mean over steps, as single ones follow the noise of their
+    part: at step t it moves towards that step by `tail / t` of the way, or at first all of it (a variant of
+    :cite:`shamir2013stochastic`).
 
     Yields:
         Positions seen, KL (nats) on the part before its step, where the step starts from, and the adapter after it:

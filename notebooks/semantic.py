@@ -148,12 +148,14 @@ def gains(a: Activations, answer: Answer) -> list[float]:
 def over(one: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
     """Ends and value of the quotient of two shares, of `gains` at the same prompts: 95%, prompts are the sample.
 
-    Both are judged on the same prompts, and a hard one is hard for both: the quotient is known far better than by the
-    intervals of the two shares.
+    Both are judged on the same prompts, and what is hard for one may be hard for the other. NaN where the other is no
+    nearer to the bridge than the base is.
     """
     gained, by = (torch.tensor(sums, dtype=torch.float64) for sums in (one, other))
     if len(gained) != len(by):
         raise ChassisError(f"{len(gained)} prompts over {len(by)}: judge both on the same")
+    if by.sum() <= 0:
+        return math.nan, math.nan, math.nan
     return *ratio_bounds(gained, by), float(gained.sum() / by.sum())
 
 

@@ -54,7 +54,7 @@ def foreign(base: LanguageModel) -> ForeignExpert:
 def test_what_is_told_of_a_part_is_the_kl_of_the_edits_before_it(base: LanguageModel, foreign: ForeignExpert) -> None:
     parts = chunks(TEXT, LENGTHS, 500)
     told, adapters = [], [Adapter.identity(base)]
-    for _, kl, adapter in natural(base, foreign, parts, rate=0.01, batch_tokens=700):
+    for _, kl, adapter in natural(base, foreign, parts, rate=0.01, tail=math.inf, batch_tokens=700):
         told.append(kl)
         adapters.append(adapter)
     for part, kl, adapter in zip(parts, told, adapters, strict=False):
@@ -70,7 +70,7 @@ def test_the_edits_are_a_mean_of_the_steps_which_count_more_the_later(
 
     def course(tail: float) -> list[torch.Tensor]:
         edits = (adapter.edits[-1] for _, _, adapter in natural(base, foreign, parts, rate=0.01, tail=tail))
-        return [edit.down @ edit.up for edit in edits]
+        return [torch.cat([edit.down @ edit.up, edit.bias[None]]) for edit in edits]
 
     steps, means, late = course(math.inf), course(2), course(4)
     assert all(torch.allclose(one, two, atol=1e-6) for one, two in zip(steps, late, strict=True))
@@ -201,6 +201,7 @@ def test_gains_are_the_share_of_evaluate_by_prompt(base: LanguageModel, foreign:
     assert over(sums, whole)[:2] == pytest.approx((row["recovered_low"], row["recovered_high"]), rel=1e-4)
     with refused("6", "5", "same"):
         over(sums, whole[1:])
+    assert all(math.isnan(end) for end in over(sums, [-gained for gained in whole])), "no share to be a part of"
 
 
 def test_embeddings_and_states_need_an_expert_of_another_tokenizer(base: LanguageModel) -> None:

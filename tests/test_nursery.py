@@ -92,6 +92,24 @@ def test_a_warm_kernel_differs_from_a_cold_one_in_what_is_imported_alone(
     assert not servers(), "a nursery outlives its run"
 
 
+def test_pages_that_stay_need_no_nursery(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look("pass")
+    started: list[bool] = []
+    real = batch._nursery
+    monkeypatch.setattr(batch, "_nursery", lambda *given: started.append(True) or real(*given))
+
+    def again() -> int:
+        """How many nurseries a run starts that leaves out what need not run again."""
+        started.clear()
+        run(["1_look"], "toy", progress=False, missing=True)
+        return len(started)
+
+    assert [again(), again()] == [1, 0]
+    look("1 + 1")
+    batch._code.cache_clear()
+    assert [again(), again()] == [1, 0]
+
+
 @pytest.mark.parametrize("victim", ["kernel", "stand-in", "nursery"])
 def test_a_kernel_and_what_stands_for_it_end_together(out: Path, victim: str) -> None:
     look(SLEEPS)
