@@ -264,9 +264,14 @@ def softened(placed: torch.Tensor, own: torch.Tensor, share: float = 0.01) -> to
 
 def bounds(passage: torch.Tensor, nats: torch.Tensor, of: torch.Tensor | None = None) -> tuple[float, float]:
     """95% of the mean of `nats (n,)`, or of their share of others, over passages `(n,)`: each is one sample."""
+    return ratio_bounds(*by_passage(passage, nats, torch.ones_like(nats) if of is None else of))
+
+
+def by_passage(passage: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+    """Values of each row, `(n,)`, summed up by passage `(n,)`: `(values, passages)`, in the order of their numbers."""
     _, number = passage.unique(return_inverse=True)
-    rows = torch.stack([nats, torch.ones_like(nats) if of is None else of])
-    return ratio_bounds(*rows.new_zeros(2, int(number.max()) + 1).index_add_(1, number, rows))
+    rows = torch.stack(values)
+    return rows.new_zeros(len(rows), int(number.max()) + 1).index_add_(1, number, rows)
 
 
 def variation(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,6 @@ class _Edit:
     changes: Place
     weight: torch.Tensor  #: `(p + 1, hidden)`, the bias last
     mean: torch.Tensor | None = None  #: of the weights after each step, the later ones counting more
-    steps: int = 0
     speed: torch.Tensor | None = None
     factors: tuple[torch.Tensor, torch.Tensor] | None = None  #: C and F, running means
     revision: str = "edit"
@@ -46,9 +45,9 @@ class _Edit:
 
     def step(
         self, sums: Sequence[torch.Tensor], n: int, share: float, rate: float, damping: float, momentum: float,
-        tail: float,
+        latest: float,
     ) -> None:  # fmt: skip
-        """Move along the natural gradient of these sums over n places."""
+        """Move along the natural gradient of these sums over n places; the mean goes `latest` of the way to there."""
         c, slope, f = (one / n for one in sums)
         if self.factors is not None:
             c, f = ((1 - share) * old + share * new for old, new in zip(self.factors, (c, f), strict=True))
@@ -58,8 +57,8 @@ class _Edit:
         down = torch.linalg.solve(c / size / size.T + damping * eye[0], slope / size)
         down = torch.linalg.solve(f + FLOOR * f.diagonal().mean() * eye[1], down.T).T / size
         self.speed = -down if self.speed is None else momentum * self.speed - down
-        self.weight, self.steps = self.weight + (rate * self.speed).float(), self.steps + 1
-        self.mean = self.weight if self.mean is None else self.mean.lerp(self.weight, min(1.0, tail / self.steps))
+        self.weight = self.weight + (rate * self.speed).float()
+        self.mean = self.weight if self.mean is None else self.mean.lerp(self.weight, latest)
 
 
 def chunks(probes: Probes, lengths: Sequence[int], tokens: int, seed: int = 0) -> list[Probes]:
@@ -119,7 +118,7 @@ def natural(
                 found[:] = [old + more for old, more in zip(found, new, strict=True)] if found else new
         now = rate / final * min(1.0, (number + 1) / 3) * max(0.1, 1 - number / len(parts))
         for edit, found in zip(edits, sums, strict=True):
-            edit.step(found, len(a), 1 / min(number + 1, 10), now, damping, momentum, tail)
+            edit.step(found, len(a), 1 / min(number + 1, 10), now, damping, momentum, min(1.0, tail / (number + 1)))
         seen += len(a)
         yield seen, lost / len(a), _adapter(base, expert, edits, parts[: number + 1])
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from bridging import bounds, logits
+from bridging import bounds, by_passage, logits
 from chassis_utils import Activations, Adapter, Bridge, ChassisError, ForeignExpert, Gram, LanguageModel, ridge
 from chassis_utils.metrics import kl, places_read, ratio_bounds
 from chassis_utils.tokens import token_bytes
@@ -141,8 +141,7 @@ def gains(a: Activations, answer: Answer) -> list[float]:
     """By how much an answer is nearer to the bridge's target than the base is: nats of KL, summed up by prompt."""
     wanted = target(a)
     gained = kl(wanted, logits(a.base, a.hidden[a.final])) - kl(wanted, answer(a))
-    _, number = a.prompt.unique(return_inverse=True)
-    return gained.new_zeros(int(number.max()) + 1).index_add_(0, number, gained).tolist()
+    return by_passage(a.prompt, gained)[0].tolist()
 
 
 def over(one: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
