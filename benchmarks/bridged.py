@@ -1,10 +1,11 @@
 """What adapters to an expert with another tokenizer reach against how much text they read, judged once on test text.
 
-python benchmarks/bridged.py --corpora DIR [--parts v2 natural] [--tokens 2000 6000 20000 60000 120000]
+python benchmarks/bridged.py --corpora DIR [--parts v2 shorter natural] [--epochs 3]
 
 `v2` is one change of the head's input (`fit`); `natural` edits every block, and `natural_v2` is v2 behind these edits.
-Beside them bridges that need the expert at run time, fitted on all the text. The rate of `natural`, how often it reads
-the text and all other choices were made on validation text. The parts may run side by side.
+Part `shorter` is `natural` on less text, every size a run of its own. Beside them bridges that need the expert at run
+time, fitted on all the text. The rate of `natural`, how often it reads the text and all other choices were made on
+validation text. The parts may run side by side.
 """
 
 from __future__ import annotations
@@ -107,11 +108,25 @@ def closed(race: Race, args: argparse.Namespace) -> list[dict]:
     return race.table(at_run_time, pd.concat(alone).assign(method="expert", positions=0, seconds=None))
 
 
+def read(race: Race, args: argparse.Namespace) -> list[Probes]:
+    """What natural reads: the text, as often as told, in another order each time."""
+    return [part for seed in range(args.epochs) for part in race.part(args.part, seed)]
+
+
+def shorter(race: Race, args: argparse.Namespace) -> list[dict]:
+    """Edits by natural gradients from less text; positions count every place once, however often it was read."""
+    for tokens in args.shorter:
+        some = replace(race, whole=race.part(tokens)[0])
+        start = time.process_time()
+        *_, (seen, _, edits) = natural(race.base, race.expert, read(some, args), RATE)
+        race.judge("natural", edits, seen // args.epochs, time.process_time() - start)
+    return race.table()
+
+
 def descended(race: Race, args: argparse.Namespace) -> list[dict]:
     """Edits of every block by natural gradients, and v2 behind the last of them."""
     base, expert, places = race.base, race.expert, race.places
-    start = time.process_time()
-    parts = [part for seed in range(args.epochs) for part in race.part(args.part, seed)]
+    start, parts = time.process_time(), read(race, args)
     for number, (seen, _, edits) in enumerate(natural(base, expert, parts, RATE), 1):
         spent = time.process_time() - start
         if number & (number - 1) == 0 or number % 32 == 0 or number == len(parts):
@@ -138,7 +153,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2000, 6000, 20_000, 60_000, 120_000], help="for v2")
     parser.add_argument("--text", type=int, default=1_270_000, help="tokens of the text")
-    parser.add_argument("--epochs", type=int, default=1, help="times that natural reads the text")
+    parser.add_argument("--epochs", type=int, default=3, help="times that natural reads the text")
+    parser.add_argument("--shorter", type=int, nargs="+", default=[16_000, 64_000, 256_000], help="for part shorter")
     parser.add_argument("--part", type=int, default=8000, help="tokens a step of natural")
     parser.add_argument("--behind", type=int, default=60_000, help="tokens of it that v2 behind natural reads again")
     parser.add_argument("--validation", type=int, default=6000)
@@ -157,13 +173,15 @@ def main() -> None:
         found = PARTS[part](Race(base, expert, whole, val, test), args)
         shown = pd.DataFrame(found).drop(columns="gains")
         print(shown.to_string(index=False, float_format="{:.4g}".format), flush=True)
-        there = keep(RESULTS)
-        alike = all(there.get(name) == value for name, value in setting.items())
-        found = {part: found} | (steps if part == "natural" else {})
-        write(RESULTS, (there if alike else {}) | setting | found)  # no other part of another setting
+        there, others = keep(RESULTS), ("natural", "shorter")
+        if any(there.get(name) != value for name, value in setting.items()):
+            there = {}  # no other part of another setting
+        if part in others and any(there.get(name) != value for name, value in steps.items()):
+            there = {name: value for name, value in there.items() if name not in others}
+        write(RESULTS, there | setting | {part: found} | (steps if part in others else {}))
 
 
-PARTS = {"v2": closed, "natural": descended}
+PARTS = {"v2": closed, "shorter": shorter, "natural": descended}
 
 if __name__ == "__main__":
     command(main)

@@ -137,12 +137,22 @@ def train(contest: Contest, args: argparse.Namespace) -> None:
 def search_others(contest: Contest, args: argparse.Namespace) -> None:
     """Step sizes of what else page 12 trains, on the final state."""
     brief, so_far = replace(contest, seconds=args.search, test=None, points=()), known()[contest.expert.name]
-    lens = partial(tuned_lens, layer=-1, optimizer="adam")
-    for name, method in (("head_only", head_only), ("tuned_lens_adam", lens)):
+    for name, method in OTHERS.items():
         best, tried = search(method, brief)
         for key, value in (("step_sizes", best), ("search", effort(tried))):
             so_far.setdefault(key, {})[name] = value
     write(contest.expert.name, {key: so_far[key] for key in ("step_sizes", "search")})
+
+
+def equal_time(contest: Contest, args: argparse.Namespace) -> None:
+    """What else page 12 trains on the final state, for v2's own seconds, at the step sizes that the search found."""
+    so_far = known()[contest.expert.name]
+    courses, seconds = [row for row in so_far["courses"] if row["method"] not in OTHERS], so_far["v2"]["seconds"]
+    found = [pd.DataFrame(courses)]
+    for name, method in OTHERS.items():
+        course = method(replace(contest, seconds=seconds), lr=so_far["step_sizes"][name])
+        found.append(course.assign(method=name, budget=seconds))
+        note(contest.expert.name, found)
 
 
 def lenses(contest: Contest, args: argparse.Namespace) -> None:
@@ -174,7 +184,8 @@ def effort(tried: pd.DataFrame) -> dict[str, object]:
 def train_longer(contest: Contest, args: argparse.Namespace) -> None:
     """One course more, of the rank and the step size that came nearest so far."""
     so_far = pd.DataFrame(known()[contest.expert.name]["courses"])
-    nearest = so_far.loc[so_far["kl"].idxmin()]
+    lora_only = so_far[so_far["method"] == "lora"]
+    nearest = lora_only.loc[lora_only["kl"].idxmin()]
     course = lora(replace(contest, seconds=args.seconds), int(nearest["rank"]), lr=float(nearest["lr"]))
     note(contest.expert.name, [so_far, course.assign(budget=args.seconds)])
 
@@ -184,11 +195,14 @@ def note(name: str, courses: list[pd.DataFrame], **more: object) -> dict[str, fl
     everything, goal = pd.concat(courses, ignore_index=True), known()[name]["v2"]["kl"]
     crossings = {str(rank): crossing(everything[everything["rank"] == rank], goal) for rank in RANKS}
     write(name, more | {"crossing": crossings, "courses": plain(everything)})
-    print(name, everything[["rank", "lr", "budget", "seconds", "kl", "recovered"]].tail(1).to_string(header=False))
+    told = ["method", "rank", "lr", "budget", "seconds", "kl", "recovered"]
+    print(name, everything[told].tail(1).to_string(header=False), flush=True)
     return crossings
 
 
-UNLESS_TOLD = {"v2": time_v2, "svd": cut_weights, "lora": train, "others": search_others, "lens": lenses}
+OTHERS = {"head_only": head_only, "tuned_lens_adam": partial(tuned_lens, layer=-1, optimizer="adam")}
+UNLESS_TOLD = {"v2": time_v2, "svd": cut_weights, "lora": train, "others": search_others, "equal": equal_time}
+UNLESS_TOLD |= {"lens": lenses}
 PARTS = UNLESS_TOLD | {"longer": train_longer}
 
 

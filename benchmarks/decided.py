@@ -1,9 +1,13 @@
 """The look-ahead and the tables of tokens on many places: how far from the most passes, and how much is left undecided.
 
-python benchmarks/decided.py [--n 60] [--budgets 0 8 32 128 1000 4000]
+python benchmarks/decided.py [--corpora DIR] [--n 60] [--tables 1000] [--budgets 0 8 32 128 1000 4000]
 
-The places of page 19, on more of the bundled test text than a page has time for; nothing is chosen here.
+The places of page 19, on more text than a page has time for: test text of the mathematics corpus, or without a folder
+the bundled test text, each kept under its name. With a folder also what adapters aim at there, and one of them.
+Nothing is chosen here.
 """
+
+from __future__ import annotations
 
 import argparse
 import sys
@@ -12,13 +16,25 @@ from pathlib import Path
 
 import torch
 from bench import command, keep
+from corpora import text
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
-from bridging import Places, StringBridge, bounds, variation  # noqa: E402
-from chassis_utils import Bridge, ChassisError, load, probe_set  # noqa: E402
+from bridging import Places, bounds  # noqa: E402
+from chassis_utils import (  # noqa: E402
+    Bridge,
+    ChassisError,
+    ForeignExpert,
+    LanguageModel,
+    Probes,
+    fit,
+    harvest,
+    load,
+    probe_set,
+)
 from chassis_utils.bridge import Bridged  # noqa: E402
-from lookahead import beside, followed, least  # noqa: E402
+from lookahead import followed, judged, least, measured, said_of, tables  # noqa: E402
+from semantic import adapted, target  # noqa: E402
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "decided.json"
 
@@ -28,12 +44,27 @@ def together(several: list[Bridged]) -> Bridged:
     return Bridged(*(torch.cat([getattr(one, name) for one in several]) for name in ("mass", "undecided", "passes")))
 
 
+def aims(base: LanguageModel, own: LanguageModel, train: Probes, places: Places, right: Bridged) -> dict[str, Bridged]:
+    """What adapters are fitted to, by the plain rule and counted on text, one of them, and the bare base."""
+    foreign = {name: ForeignExpert(Bridge(own, base, "C"), text) for name, text in (("rule", None), ("counted", train))}
+    reads = [base.num_layers, base.num_layers - 1, f"block {base.num_layers - 1}"]
+    there = {name: harvest(base, one, places.probes, "last", reads, progress=False) for name, one in foreign.items()}
+    v2 = fit(harvest(base, foreign["counted"], train, "all", reads, progress=False))
+    answers = {f"target, {name}": target(one) for name, one in there.items()}
+    answers |= {"v2 on the counted target": adapted(v2)(there["counted"])}
+    answers |= {"bare base": places.own}
+    return {name: said_of(one, right) for name, one in answers.items()}
+
+
 def main() -> None:
     """Follow up every place at every budget, set the tables beside the largest, write `notebooks/decided.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpora", help="folder as the recipe of the pocket models reads it")
     parser.add_argument("--base", default="pocket-base")
     parser.add_argument("--expert", default="pocket-phi")
     parser.add_argument("--n", type=int, default=60, help="places")
+    parser.add_argument("--tables", type=int, default=1000, help="places for the tables' own masses, or all there are")
+    parser.add_argument("--tokens", type=int, default=20_000, help="of training text for adapters; twice that of test")
     parser.add_argument(
         "--budgets", type=int, nargs="+", default=[0, 8, 32, 128, 1000, 4000], help="the last is the reference"
     )
@@ -43,36 +74,33 @@ def main() -> None:
         raise ChassisError(f"budgets {args.budgets}: give them from 0 on, each larger than the one before")
     torch.set_num_threads(1)
     base, expert = (load(name, device="cpu") for name in (args.base, args.expert))
-    places = Places.before_spaces(base, expert, probe_set("math-text", "test"), args.n, args.seed)
+    probes = probe_set("math-text", "test")
+    if args.corpora:
+        probes = text(base, args.corpora, "math", "test", 2 * args.tokens)
+    everywhere = Places.before_spaces(base, expert, probes)
+    several = Places.before_spaces(base, expert, probes, min(args.tables, len(everywhere)), args.seed)
+    places = Places.before_spaces(base, expert, probes, args.n, args.seed)
     exact, start, each = Bridge(expert, base), time.process_time(), []
     for i in tqdm(range(args.n), desc="places"):
         each.append(followed(exact, places.some(range(i, i + 1)), args.budgets))
     seconds = time.process_time() - start
     found = {budget: together([one[budget] for one in each]) for budget in args.budgets}
     floor, reference = least(exact, places, args.budgets), found[args.budgets[-1]]
-    prompts, said = places.probes.prompts, places.said
-    answers = {"A as reported": StringBridge(expert, base, "A")(said)}
-    answers |= {f"{stage} in bytes": Bridge(expert, base, stage)(said) for stage in "AB"}
-    answers |= {"C in context": Bridge(expert, base, "C")(said, prompts)} | {
-        f"exact {n}": one for n, one in found.items()
-    }
-    rows = []
-    for name, one in answers.items():
-        row = {"bridge": name}
-        for quantity, values in beside(one, reference).items():
-            if quantity != "undecided" or name.startswith("exact"):
-                low, high = bounds(places.passage, values.double())
-                row |= {quantity: float(values.mean()), f"{quantity} low": low, f"{quantity} high": high}
-        # The reference is off by what it leaves undecided at most, either way.
-        off, left = variation(one.mass, reference.mass), reference.undecided
-        row["truth low"] = max(0.0, bounds(places.passage, (off - left).clamp(min=0))[0])
-        row["truth high"] = bounds(places.passage, off + left)[1]
-        if name.startswith("exact"):
-            row |= {"passes": int(name.split()[1]), "least": float(floor[int(name.split()[1])].mean())}
-        rows.append(row)
-        print(row)
+    rows, wide = measured(exact, places, found, floor), []
+    print(*rows, sep="\n", flush=True)
+    for name, one in tables(exact, several).items():
+        placed = one.probabilities.sum(1)
+        low, high = bounds(several.passage, placed)
+        wide.append({"bridge": name, "placed": float(placed.mean()), "placed low": low, "placed high": high})
     about = {"base": base.name, "expert": expert.name, "places": args.n, "passages": len({*places.passage.tolist()})}
-    keep(RESULTS, **about, seed=args.seed, seconds=seconds, rows=rows)
+    about |= {"text": probes.digest, "split": probes.split, "seed": args.seed, "seconds": seconds, "rows": rows}
+    about |= {"wide": wide, "wide_places": len(several), "wide_passages": len({*several.passage.tolist()})}
+    if args.corpora:
+        train = text(base, args.corpora, "math", "train", args.tokens)
+        targets = aims(base, expert, train, places, reference).items()
+        about["targets"] = [judged(name, one, reference, places.passage) for name, one in targets]
+        print(*about["targets"], sep="\n", flush=True)
+    keep(RESULTS, **{probes.name: about})
 
 
 if __name__ == "__main__":

@@ -258,8 +258,7 @@ def batched(
     ids: Sequence[list[int]], batch_tokens: int, side: str = "right", some: Sequence[int] | None = None, cut: int = 0
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """Prompt numbers, padded ids and mask `(batch, length)`, of all or `some` prompts, less their first `cut` ids."""
-    some = range(len(ids)) if some is None else some
-    for batch in _batches({i: len(ids[i]) - cut for i in some}, batch_tokens):
+    for batch in _batches({i: len(ids[i]) - cut for i in (range(len(ids)) if some is None else some)}, batch_tokens):
         yield batch, *padded([ids[i][cut:] for i in batch], side)
 
 

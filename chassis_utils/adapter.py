@@ -277,8 +277,8 @@ def fit(
 
     Args:
         activations: of base and expert on the training probes; or what `gather` returns, for `ridge`, `rrr` and `v2`.
-        method: `v2` (the strongest; see `distill`), `v1` (the study's), `ridge` and `rrr` (difference to base logits,
-            all columns; cut by SVD or in the data's metric), `lens`, or what a module registered by `@method`.
+        method: `v2` (the strongest from states and head; `distill._v2`), `v1` (the study's), `ridge`, `rrr` (difference
+            to base logits, all columns; cut by SVD or in the data's metric), `lens`, or one registered by `@method`.
         rank: of the map; None keeps all, to be cut later by `Adapter.at_rank`.
         layer: of the base, negative from the last.
         lam: ridge penalty on the sum of squares, 1e-3 unless given; `v2` chooses its own, as a share of the rows.
@@ -295,12 +295,11 @@ def fit(
         raise ChassisError(f"no method '{method}': choose from {', '.join(sorted(METHODS))}")
     if sums and method not in ("ridge", "rrr", "v2"):
         raise ChassisError(f"method {method} needs every row: give what harvest returns")
-    foreign = isinstance(activations.expert, ForeignExpert)
+    base, expert, foreign = activations.base, activations.expert, isinstance(activations.expert, ForeignExpert)
     function = METHODS["near" if foreign and method == "v2" else method]
     known = function.__code__.co_varnames[3 : function.__code__.co_argcount + function.__code__.co_kwonlyargcount]
     if unknown := ", ".join(sorted({*options} - {*known})):
         raise ChassisError(f"method {method} has no option {unknown}; it takes {', '.join(known) or 'none'}")
-    base, expert = activations.base, activations.expert
     if foreign and method not in ("v2", "near"):
         raise ChassisError(f"no linear map leads to what {expert.name} says: take method v2")
     if not foreign and expert.readout.softcap != base.readout.softcap:

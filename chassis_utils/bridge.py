@@ -10,6 +10,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache as cached
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from .models import LanguageModel
 from .tokens import Pieces, ids_of, token_bytes
 
 STAGES = ("A", "B", "C", "exact")
+CUTS = json.loads(Path(__file__).with_name("cuts.json").read_text())  #: What GPT-2, Llama 3, Qwen, o200k cut by
 WIDTH = 8  # continuations that share one forward pass of the expert in stage `exact`
 
 
@@ -68,8 +70,8 @@ class Bridge:
       no further text can change t: in a word before the last; and in the last, of BPE or Unigram, if its beginnings
       after which a boundary can stay agree on t (all of it; and where the rest begins longer tokens that can follow,
       with each of these). Words wait for the next one if their model is another, an unknown normalizer made them, or a
-      regular expression may cut them anew (trailing whitespace, an apostrophe among the last two characters); one with
-      other look-around than `(?!\S)` is certain at the end of a text only. The rest, *undecided*, goes to what the base
+      regular expression may cut them anew (trailing whitespace, an apostrophe among the last two characters); one that
+      is not made of `CUTS` leaves nothing certain but the end of a text. The rest, *undecided*, goes to what the base
       would write if the text ended there. Added tokens spelled out in a continuation are plain text, bytes that are no
       UTF-8 U+FFFD, and the expert's end of text is the base's. Float rounding aside, nothing is approximate.
 
@@ -79,7 +81,7 @@ class Bridge:
     """
 
     expert: LanguageModel  #: Its tokenizer, and its passes where distributions are not given
-    base: LanguageModel  #: Whose vocabulary is wanted
+    base: LanguageModel  #: Whose vocabulary is wanted; its tokenizer is a fast one
     stage: str = "exact"  #: `A`, `B`, `C` or `exact`
     length: int = 4  #: Base tokens to an expert token at most, in stage C
     budget: int = 32  #: Continuations followed up for a prompt, in stage exact
@@ -130,6 +132,7 @@ class Bridge:
         rows = _checked(probabilities, self.expert.vocab_size, prompts) if given else None
         named = [(prompt, f"prompt {i}") for i, prompt in enumerate(prompts or ())]
         ids = [self.expert.prompt_ids(*one) for one in named] if exact or not given else []
+        _ = [self.base.prompt_ids(*one) for one in named if one[0]]  # the base must be able to read it too
         if exact:
             found = [self._exact(*one) for one in zip(prompts, ids, rows if given else [None] * len(ids), strict=True)]
             mass = np.array([one for one, *_ in found]).reshape(-1, self.base.vocab_size + 2)
@@ -231,7 +234,7 @@ class Reader:
         self._plain = all(len(old) == len(new) == 1 for old, new in exchanged)
         patterns = [str(rule["pattern"].get("Regex", "")) for rule in splits if rule["type"] == "Split"]
         searches = bool(patterns) or any(rule["type"] == "ByteLevel" and rule["use_regex"] for rule in splits)
-        looks = any(re.search(r"\(\?(?:[=<]|!(?!\\S\)))", pattern) for pattern in patterns)
+        looks = not all(re.fullmatch(rf"(?:(?:{'|'.join(map(re.escape, CUTS))})(?:\||\Z))*", one) for one in patterns)
         #: What an expression may cut anew at the end of a text: all, or as said in `Bridge`.
         self._late = re.compile(r"\A" if looks else r".?'.?\Z|\s*\Z" if searches else r"\Z", re.DOTALL)
         # These write the end of a word, or a whole word, otherwise than its beginnings.

@@ -18,7 +18,7 @@ from .errors import ChassisError
 from .features import Features
 from .metrics import kl
 from .solve import ROWS, Gram, kl_fit, low_rank, scaled_ridge
-from .statistics import FOLD, KEPT, Statistics, same_shape
+from .statistics import FOLD, KEPT, Statistics, room, same_shape
 
 LAMS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 PENALTIES = (16.0, 5.0, 1.6, 0.5, 0.16, 0.05)  # of `near`
@@ -57,7 +57,6 @@ def _v2(
 
     def run(features: Features, *edits: Adapter, **layer: int | str) -> Statistics:
         return reduce(add, (one_pass(base.edited(*edits), a.expert, one, features, **kind, **layer) for one in sets))
-
     near = Features((final, final - 1, f"block {final - 1}"))
     edited = blocks and same_shape(base, a.expert)
     # Without edits, earlier layers hold what the last ones lost; with them, it was put right on the way.
@@ -87,6 +86,7 @@ def _near(a: Activations, layer: int, lam: float | None, passes: int = 40) -> Ad
         raise ChassisError(f"layer {layer}, lam = {lam}: near wants the final layer, {final}, and lam above zero")
     if not 0 < int(out.sum()) < len(out):
         raise ChassisError(f"'{a.probes.name}' has fewer than {FOLD} prompts, and every eighth is held out: give more")
+    room(base, sum(x.shape[1] for x in a.hidden.values()), base.hidden_size, base.vocab_size, 2 * len(a))  # x twice
     features = Features((final, *(place for place in a.layers if place != final)))
     x, *_ = parts = features(a.hidden), a.hidden[final], a.expert_hidden
     xs, states, theirs = (part[~out].to(base.device) for part in parts)
@@ -101,8 +101,7 @@ def _near(a: Activations, layer: int, lam: float | None, passes: int = 40) -> Ad
 
     def seen(weight: torch.Tensor, bias: torch.Tensor, _: float) -> bool:
         nonlocal best
-        ours = readout.cap(plain + (held @ weight.float() + bias.float()) @ basis)
-        reached.append(float(kl(target, ours).mean()))
+        reached.append(float(kl(target, readout.cap(plain + (held @ weight.float() + bias.float()) @ basis)).mean()))
         best = min(best, (reached[-1], len(reached) - 1, lam, weight, bias), key=lambda one: one[0])
         return min(reached[-3:]) > min(reached)
 

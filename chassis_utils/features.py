@@ -45,8 +45,7 @@ class Features:
             scaled = [part * part.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt() for part in found]
             z = torch.cat(scaled, dim=-1)
             matrix, shift = (part.to(z) for part in _drawn(z.shape[-1], self.random, self.kind, self.width, self.seed))
-            turned = z @ matrix + shift
-            found.append(KINDS[self.kind](turned))
+            found.append(KINDS[self.kind](z @ matrix + shift))
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
     def sizes(self, base: LanguageModel) -> list[int]:

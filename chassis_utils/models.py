@@ -170,7 +170,6 @@ class LanguageModel:
         def leave(number: int, *_: object) -> None:
             parts = [one.to(seen[number]).reshape(*seen[number].shape[:2], -1) for one in inputs.pop(number)]
             seen[f"block {number}"] = torch.cat(parts, dim=-1)
-
         blocks = {int(place.split()[1]) for place in places if isinstance(place, str) and place != "stream"}
         layers = {place for place in places if isinstance(place, int) and place < self.num_layers}
         with ExitStack() as stack:

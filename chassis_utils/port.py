@@ -118,8 +118,7 @@ class Port:
             why = "taken" if isinstance(name, str) and name in self.plugs else "no text, or empty"
             raise ChassisError(f"the name {name!r:.80} is {why}: unplug it, or choose another")
         base = self.base
-        if isinstance(plug, str | Path):
-            plug = Adapter.load(plug, base)
+        plug = Adapter.load(plug, base) if isinstance(plug, str | Path) else plug
         if isinstance(plug, Adapter):
             plug.check_base(base)._check_sizes(base)
             plug = plug.to(base.device)
@@ -138,8 +137,7 @@ class Port:
                 raise ChassisError(f"{own.name} and {base.name} differ in tokenizer: plug in Bridge(expert, base)")
         elif not isinstance(plug, Bridging) or isinstance(plug, type):
             raise ChassisError(f"a {type(plug).__name__} is no plug: give an adapter, its folder, or a live expert")
-        self._strengths[name] = _weight(strength, f"strength of '{name}'")
-        self.plugs[name] = plug
+        self._strengths[name], self.plugs[name] = _weight(strength, f"strength of '{name}'"), plug
 
     def unplug(self, name: str) -> None:
         """Take a plug out; what else is in use stays so. ChassisError: there is none, or text is being generated."""
@@ -148,9 +146,8 @@ class Port:
 
     def strength(self, name: str, strength: float) -> None:
         """Set how strongly a plug counts from here on, 1 as it was fitted; ChassisError as for `plug` and `use`."""
-        value = _weight(strength, f"strength of '{name}'")
         with self._idle():
-            self._strengths[self._known(name)] = value
+            self._strengths[self._known(name)] = _weight(strength, f"strength of '{name}'")
             self._install()
 
     def use(self, choice: str | Mapping[str, float] | None) -> None:
@@ -230,7 +227,6 @@ class Port:
                     if one.space == "logits":
                         where = slice(base.vocab_size) if one.columns is None else one.columns
                         logits[..., where] += one.correction(seen).to(logits.dtype) / base.readout.scale
-
             head = self.model.get_output_embeddings()
             self._hooks.enter_context(head.register_forward_pre_hook(before))
             self._hooks.enter_context(head.register_forward_hook(after))
@@ -325,7 +321,6 @@ class Port:
                 pieces.told.put(None)
             except BaseException as error:  # noqa: BLE001 - raised where the text is read
                 pieces.told.put(error)
-
         thread = threading.Thread(target=write, daemon=True)
         thread.start()
         try:
@@ -421,8 +416,7 @@ class _End(StoppingCriteria):
         behind, left = max(0, start - TAIL), self.pieces is not None and self.pieces.left
         ended = [left] * len(input_ids)
         for i, row in enumerate(input_ids[:, behind:].tolist() if self.stops and not left else ()):
-            parts = row[: start - behind], row
-            before, whole = (self.tokenizer.decode(part, skip_special_tokens=True) for part in parts)
+            before, whole = (self.tokenizer.decode(x, skip_special_tokens=True) for x in (row[: start - behind], row))
             ended[i] = any(stop in whole[len(before) :] for stop in self.stops)
         return torch.tensor(ended, device=input_ids.device)
 

@@ -204,16 +204,16 @@ def kl_fit(
     `lam` times the squared size of both, each column of x at unit mean square and the output measured in the
     KL's own curvature `F = mean basis (diag(p) - p p') basis'`, p the target, floored at 1e-4 of its largest value. In
     the coordinates `(C + lam I)^(1/2) . F^(1/2)` the curvature is near the unit matrix (:cite:`martens2015optimizing`),
-    so that L-BFGS (:cite:`liu1989limited`) takes few passes over the rows. The objective is strongly convex without a
-    cap: it is nowhere lower by more than the gradient's squared norm in these coordinates over `2 lam / (lam + max C)`.
+    so that L-BFGS (:cite:`liu1989limited`) takes few passes over the rows. Without a cap the objective is as strongly
+    convex as the penalty: nowhere lower by more than the gradient's squared norm in the penalty's metric over `2 lam`.
 
     `x` is `(n, p)`, `basis (k, q)`; `given` takes a slice of the rows to their `own` logits and target probabilities,
-    `(m, q)` each; `seen`, called after each step with `W`, `b` and the gradient's norm, ends the search by True.
+    `(m, q)` each; `seen`, called after each step with `W`, `b` and that bound in nats, ends the search by True.
     `passes` are steps at most, and the one that sets up F is another. `lam` is above zero.
     """
-    n, blocks = len(x), [*torch.arange(len(x)).split(max(1, LOGITS // basis.shape[1]))]
-    blocks = [slice(int(block[0]), int(block[-1]) + 1) for block in blocks]
-    size = x.double().square().mean(0).sqrt()
+    parts = torch.arange(len(x)).split(max(1, LOGITS // basis.shape[1]))
+    blocks = [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
+    n, size = len(x), x.double().square().mean(0).sqrt()
     size = torch.cat([size.clamp(min=1e-6 * float(size.max().clamp(min=1e-30))), size.new_ones(1)])[:, None]
     gram = Gram.of(x, x.new_ones(n, 1))
     second = torch.cat([torch.cat([gram.xx, gram.xy], 1), torch.cat([gram.xy.T, gram.y.new_full((1, 1), n)], 1)]) / n
@@ -227,7 +227,7 @@ def kl_fit(
         curvature += ((basis * p.sum(0)) @ basis.T - mean.T @ mean).double() / n
     values, vectors = torch.linalg.eigh(curvature)
     right = (vectors / values.clamp(min=1e-4 * float(values[-1])).sqrt()).T
-    norms: list[float] = []
+    bounds: list[float] = []
 
     def affine(point: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         moved = left @ torch.from_numpy(point).view(len(left), len(right)).to(left)
@@ -244,13 +244,12 @@ def kl_fit(
                 part = cross_entropy(cap(own + (x[block] @ weight + bias) @ basis), target, reduction="sum")
                 part.backward()
             total += float(part.detach())
-        slope = torch.cat([weight.grad.double(), bias.grad.double()[None]]) / size / n
-        slope = left @ (slope @ right.T + lam * moved)
-        norms.append(float(slope.norm()))
-        return (total - entropy) / n + lam / 2 * float(moved.square().sum()), slope.flatten().cpu().numpy()
+        slope = torch.cat([weight.grad.double(), bias.grad.double()[None]]) / size / n @ right.T + lam * moved
+        bounds.append(float(slope.square().sum()) / (2 * lam))
+        return (total - entropy) / n + lam / 2 * float(moved.square().sum()), (left @ slope).flatten().cpu().numpy()
 
     def after(intermediate_result: OptimizeResult) -> None:
-        if seen(*affine(intermediate_result.x)[1:], norms[-1]):
+        if seen(*affine(intermediate_result.x)[1:], bounds[-1]):
             raise StopIteration
     options = {"maxiter": passes, "ftol": 0, "gtol": 0}
     minimize(loss, np.zeros(len(left) * len(right)), jac=True, method="L-BFGS-B", callback=after, options=options)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from psutil import virtual_memory
 from tqdm.auto import tqdm
 
 from .activations import Expert, batched, checked_ids
@@ -134,7 +136,17 @@ def room(base: LanguageModel, p: int, q: int, vocab: int, rows: int = 0) -> torc
         if wanted < 0.8 * (torch.cuda.mem_get_info(gpu)[0] + freed):
             return gpu
     wanted += 4 * rows * p  # features that are not forgotten batch by batch, which stay with the processor
-    if wanted > 0.8 * (free := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
-        sizes = f"{wanted / 2**30:.1f} GiB to gather and to solve, on a machine of {free / 2**30:.1f} GiB"
+    if wanted > 0.8 * (free := available()):
+        sizes = f"{wanted / 2**30:.1f} GiB to gather and to solve, where {free / 2**30:.1f} GiB are free"
         raise ChassisError(f"{p:,} features need {sizes}: read fewer places, or fewer random features")
     return torch.device("cpu")
+
+
+def available(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that a process can still get: what the system can free, or what its container's limit leaves if less."""
+    free = virtual_memory().available
+    with suppress(OSError, ValueError):  # no limit
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        told = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(told["inactive_file"]))  # pages of files are given back
+    return free

@@ -93,7 +93,6 @@ def _pieces(tokenizer: PreTrainedTokenizerBase) -> Pieces:
     silent = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
     silent |= {model.get("unk_id"), own.get(model.get("unk_token"))}
     spoken = {token: i for token, i in own.items() if i not in silent}
-
     # The second byte of "í" is written differently in each alphabet.
     readings = ((a, decode([[*a][byte] for byte in "í".encode()])) for a in (_RAW, _LEVEL, _FALLBACK))
     alphabet = next((a for a, said in readings if said == "í"), {})
@@ -113,8 +112,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase) -> Pieces:
 
 def _texts(tokens: list[str], decode: Callable[[list[str]], str]) -> list[str]:
     """What the decoder writes for each token between two marks that no token contains."""
-    used = set().union(*tokens)
-    mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
+    mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in set().union(*tokens))
     gap = decode([mark, mark]).strip(mark)
     texts = decode([mark] + [part for token in tokens for part in (token, mark)]).split(mark)[1:-1]
     # A decoder that sets words apart does so before the next word (WordPiece) or after the last one ("@@").
@@ -128,7 +126,6 @@ def _check(tokenizer: PreTrainedTokenizerBase, pieces: Pieces, ids: list[int], u
     def agree(ids: list[int]) -> bool:
         said = tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
         return any(said == text_bytes(pieces, ids).decode("utf-8", e).strip() for e in ("replace", "ignore"))
-
     order = random.Random(0).sample(ids, len(ids))
     # Decoders treat the first and the last token in ways of their own: one that is left alone goes there.
     end = next(([i] for i in order if agree([i])), [])

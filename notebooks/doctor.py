@@ -354,6 +354,7 @@ def _memory(profile: Profile, places: Sequence[Place]) -> Iterator[Finding]:
     """Free memory against models and the largest fit; cores."""
     import torch
 
+    from chassis_utils.statistics import available
     from costs import shape, sizes
 
     base = next((one for one in places if one.name == profile.defaults.get("base")), None)
@@ -363,22 +364,10 @@ def _memory(profile: Profile, places: Sequence[Place]) -> Iterator[Finding]:
         needs += sizes(*both, tokens=2, rank=1, family="v2")["peak of the fit"]
     if own == "cpu" or not torch.cuda.is_available():
         needs += _held(places, 4)
-    free, cores = _available(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    free, cores = available(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     unknown = "" if base else ", and more for a base that is not here"
     told = f"{_giga(free)} free, about {_giga(needs)} are needed{unknown}; {cores} cores"
     yield Finding(WORKS if free > needs else FAILS, "memory", told + ("" if free > needs else ": close other programs"))
-
-
-def _available() -> float:
-    """Bytes that a process can still have: what the system says, or the limit of its container if that is less."""
-    free = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file() and (told := re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text())):
-        free = 1024.0 * int(told[1])  # with what caches would give back
-    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
-    if limit.is_file() and (most := limit.read_text().strip()).isdecimal():
-        free = min(free, float(most) - int(used.read_text()))
-    return free
 
 
 def _disk(profile: Profile) -> Iterator[Finding]:

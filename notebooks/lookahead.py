@@ -14,7 +14,19 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from bridging import COLOURS, LEAST, Places, lines, short, spread, target_logits, variation, written_alike
+from bridging import (
+    COLOURS,
+    LEAST,
+    Places,
+    StringBridge,
+    bounds,
+    lines,
+    short,
+    spread,
+    target_logits,
+    variation,
+    written_alike,
+)
 from chassis_utils import Bridge, Bridged, ChassisError, token_bytes
 from chassis_utils.bridge import Reader
 from chassis_utils.metrics import kl
@@ -153,34 +165,40 @@ def least(bridge: Bridge, places: Places, budgets: Sequence[int]) -> dict[int, t
 
 def budget_figure(
     found: dict[int, Bridged], floor: dict[int, torch.Tensor], prompts: Sequence[str],
-    aims: dict[str, dict[int, float]], title: str,
+    aims: dict[str, dict[int, float]], title: str, many: pd.DataFrame | None = None,
 ) -> go.Figure:  # fmt: skip
     """What is left undecided, and the total variation to the largest budget, against the budget.
 
     `floor` is what `least` returned; `aims` is, for "undecided" and "total variation", the most that is aimed at by
-    budget.
+    budget. `many` are means over other places, shown first: `prompt`, what to call them, `passes`, `undecided`,
+    `least` and `total variation`.
     """
     reference, rows = found[max(found)], []
-    for number, prompt in [(slice(None), "mean of all"), *((n, short(n, p)) for n, p in enumerate(prompts))]:
+    for one in () if many is None else many.to_dict("records"):
+        names = {"undecided": "undecided", "undecided at least": "least", "total variation": "total variation"}
+        rows += [(one["prompt"], int(one["passes"]), name, one[column] or torch.nan) for name, column in names.items()]
+    every = [(slice(None), f"mean of {len(prompts)}"), *((n, short(n, p)) for n, p in enumerate(prompts))]
+    for number, prompt in every:
         for budget, one in found.items():
             off = variation(one.mass, reference.mass) if one is not reference else torch.full((1,), torch.nan)
             values = {"undecided": one.undecided, "undecided at least": floor[budget]}
             values["total variation"] = off.expand(len(prompts))
             rows += [(prompt, budget, name, float(x[number].mean())) for name, x in values.items()]
-        rows += [(prompt, n, f"aim, {name}", x) for name, aim in aims.items() for n, x in aim.items()]
+    several = dict.fromkeys(row[0] for row in rows)
+    rows += [(prompt, n, f"aim, {name}", x) for prompt in several for name, aim in aims.items() for n, x in aim.items()]
     frame = pd.DataFrame(rows, columns=["prompt", "passes", "method", "value"])
     frame["drawn"] = frame["value"].clip(lower=LEAST_DRAWN)
     aim, looks = frame["method"].str.startswith("aim"), {"undecided at least": ("blue", "line-ew-open", "dash")}
     for name, colour in (("undecided", "blue"), ("total variation", "vermilion")):
         looks |= {name: (colour, "circle", "solid"), f"aim, {name}": (colour, "x", "dot")}
-    told = frame[(frame["prompt"] == "mean of all") & ~aim & frame["value"].notna()]
+    told = frame[(frame["prompt"] == next(iter(several))) & ~aim & frame["value"].notna()]
     alt = "; ".join(f"{row.method} {row.value:.3g} at {row.passes}" for row in told.itertuples())
     caption = (
         "More passes to the right. See which of the two falls sooner, what can be certified or what is really off, "
         "and whether each has come below its cross, the aim, there. A blue cross below the dashed line is out of reach "
         "of any choice of passes. Single prompts are in the menu: few of them can make the mean."
     )
-    alt, drawn = f"Mean of the prompts: {alt}.", {"drawn": ("mass", "")}
+    alt, drawn = f"{next(iter(several))}: {alt}.", {"drawn": ("mass", "")}
     figure = lines(frame, "passes", drawn, looks, title, alt, caption, by="prompt")
     return figure.update_layout(xaxis_type="category", yaxis={"type": "log", "title_text": "share of all mass"})
 
@@ -195,6 +213,47 @@ def beside(found: Bridged, reference: Bridged) -> dict[str, torch.Tensor]:
         "KL": kl(target_logits(truth), target_logits(found.probabilities, floor)),
         "top-1 equal": (found.probabilities.argmax(1) == truth.argmax(1)).double(),
     }
+
+
+def said_of(logits: torch.Tensor, reference: Bridged) -> Bridged:
+    """What logits `(n, vocab)` say of the base's tokens, and of what has no place there what the reference says."""
+    told = logits.double().softmax(-1) * (1 - reference.unplaced)[:, None]
+    none = torch.ones(len(told)).double(), torch.zeros(len(told)).long()
+    return Bridged(torch.cat([told, reference.mass[:, -2:]], 1), *none)
+
+
+def tables(bridge: Bridge, places: Places) -> dict[str, Bridged]:
+    """What the bridges that need no look-ahead place behind the places: the study's first, and the stages in bytes."""
+    both, said = (bridge.expert, bridge.base), places.said
+    found = {"A as reported": StringBridge(*both, "A")(said)}
+    found |= {f"{stage} in bytes": Bridge(*both, stage)(said) for stage in "AB"}
+    return found | {"C in context": Bridge(*both, "C")(said, places.probes.prompts)}
+
+
+def judged(name: str, one: Bridged, reference: Bridged, passage: torch.Tensor) -> dict[str, float | str]:
+    """Means over places of what `beside` tells, with 95% over passages, and ends of the distance from what is right."""
+    row: dict[str, float | str] = {"bridge": name}
+    for quantity, values in beside(one, reference).items():
+        if quantity != "undecided" or name.startswith("exact"):
+            low, high = bounds(passage, values.double())
+            row |= {quantity: float(values.mean()), f"{quantity} low": low, f"{quantity} high": high}
+    # The reference is off by what it leaves undecided at most, either way.
+    off, left = variation(one.mass, reference.mass), reference.undecided
+    row["truth low"] = max(0.0, bounds(passage, (off - left).clamp(min=0))[0])
+    row["truth high"] = bounds(passage, off + left)[1]
+    return row
+
+
+def measured(
+    bridge: Bridge, places: Places, found: dict[int, Bridged], floor: dict[int, torch.Tensor]
+) -> list[dict[str, float | str]]:
+    """A row for each table and for each budget of `found`, against the largest; `floor` is what `least` returned."""
+    reference, passage = found[max(found)], places.passage
+    rows = [judged(name, one, reference, passage) for name, one in tables(bridge, places).items()]
+    for passes, one in found.items():
+        told = {"passes": passes, "least": float(floor[passes].mean())}
+        rows.append(judged(f"exact {passes}", one, reference, passage) | told)
+    return rows
 
 
 # ------------------------------------------------------------------------------------- inside a token

@@ -333,7 +333,7 @@ def kl_vs_depth(frame: pd.DataFrame, reported: pd.DataFrame | None = None,
 
 def kl_vs_step(courses: pd.DataFrame, identity: float, title: str = "KL to the expert over training",
                alt: str | None = None, x: str = "step", log_seconds: bool = False, see: str = "") -> go.Figure:
-    """KL on the training rows against step or seconds, one line a method; `identity` dashed, the bare base's KL there.
+    """KL against step or seconds, one line a method; `identity` dashed, the bare base's KL on the same rows.
 
     `courses` has the columns `method, step, kl, seconds`, as `refine` returns them; a method of one row is a large
     marker. `x`, "step" or "seconds", is shown first. With `log_seconds` their axis is a log one, and what took no time

@@ -11,15 +11,15 @@ import pandas as pd
 import torch
 from torch.linalg import vecdot
 
-from chassis_utils import Activations, Adapter, ChassisError
+from chassis_utils import Activations, Adapter, ChassisError, Features
 from chassis_utils.adapter import heads
 from chassis_utils.solve import kl_fit
 
 #: (training rows, starting adapter, steps, step size) to the adapter after each step.
-Refiner = Callable[["_Rows", Adapter, int, float], Iterator[Adapter]]
+Refiner = Callable[["Rows", Adapter, int, float], Iterator[Adapter]]
 
 
-class _Rows:
+class Rows:
     """Training rows in memory: features `(n, p)`, base logits and expert probabilities `(n, vocab)`, float32."""
 
     def __init__(self, a: Activations, start: Adapter) -> None:
@@ -47,8 +47,12 @@ class _Rows:
     def dense(self, adapter: Adapter) -> torch.Tensor:
         """The adapter as one map `(p + 1, vocab)`, float64; the last row is the bias."""
         own = torch.cat([adapter.down.double() @ adapter.up.double(), adapter.bias[None].double()])
-        columns = torch.arange(own.shape[1], device=own.device) if adapter.columns is None else adapter.columns
-        return own.new_zeros(len(own), self.base.shape[1]).index_copy_(1, columns, own)
+        return self.full(adapter, own)
+
+    def full(self, adapter: Adapter, some: torch.Tensor) -> torch.Tensor:
+        """Values for the columns that an adapter changes `(m, k)`, zero for all others `(m, vocab)`."""
+        columns = torch.arange(some.shape[1], device=some.device) if adapter.columns is None else adapter.columns
+        return some.new_zeros(len(some), self.base.shape[1]).index_copy_(1, columns, some)
 
 
 def refine(
@@ -71,33 +75,44 @@ def refine(
 
     Returns:
         The last adapter, and `step`, `kl` (nats, on the training rows), `seconds`, `gradient` and `within` after each
-        step, step 0 first. `gradient` is the norm that certifies an optimum, where the iteration knows it: a convex
+        step, step 0 first. `gradient` is the norm that certifies an optimum, which `lbfgs` and `span` know: a convex
         function is nowhere lower than its value here less that norm times the distance, both in the metric of the
-        step. `within` is the same in nats, which `near` alone can tell: its objective is nowhere lower by more.
+        step. `near` tells `within`, nats by which its objective is at most above its least value (see `kl_fit`), and
+        `passes` over the rows so far: one that sets up, and one for each place where its search looked.
 
     Raises:
         ChassisError: an unknown `how`, steps below 1, no positive rate, or an adapter that is not of logits at the
             final layer.
     """
+    course = []
+    for reached in refined(a, start, how, steps, rate):
+        course.append(reached[1])
+    return reached[0], pd.DataFrame(course)
+
+
+def refined(
+    a: Activations, start: Adapter, how: str, steps: int = 50, rate: float = 1.0
+) -> Iterator[tuple[Adapter, dict[str, float]]]:
+    """As `refine`, every adapter on the way with its row of the course, the start first."""
     if how not in REFINERS:
         raise ChassisError(f"no refinement '{how}': choose from {', '.join(REFINERS)}")
     if steps < 1 or not rate > 0:
         raise ChassisError(f"steps = {steps}, rate = {rate}: take at least one step, and a rate above zero")
-    rows = _Rows(a, start)
+    rows = Rows(a, start)
     state = {place: a.layer(place).to(a.base.device) for place in {a.final, *start.reads}}
-    course = [(0, rows.kl(start.logits(a.base, state, rows.base)), 0.0, math.nan, math.nan)]
+    nothing = {"seconds": 0.0} | dict.fromkeys(("gradient", "within", "passes"), math.nan)
+    yield start, {"step": 0, "kl": rows.kl(start.logits(a.base, state, rows.base))} | nothing
     seconds, clock = 0.0, time.perf_counter()
     for step, adapter in enumerate(REFINERS[how](rows, start, steps, rate), 1):
         # What it costs to look is not counted.
         seconds += time.perf_counter() - clock
-        reached = rows.kl(adapter.logits(a.base, state, rows.base))
-        course.append((step, reached, seconds, *(adapter.info.get(name, math.nan) for name in ("gradient", "within"))))
+        told = {"step": step, "kl": rows.kl(adapter.logits(a.base, state, rows.base)), "seconds": seconds}
+        told |= {name: adapter.info.get(name, math.nan) for name in ("gradient", "within", "passes")}
+        yield replace(adapter, method=how, fitted_on=a.probes.fingerprints, values=None), told
         clock = time.perf_counter()
-    adapter = replace(adapter, method=how, fitted_on=a.probes.fingerprints, values=None)
-    return adapter, pd.DataFrame(course, columns=["step", "kl", "seconds", "gradient", "within"])
 
 
-def _adam(rows: _Rows, start: Adapter, steps: int, rate: float, batch: int = 32) -> Iterator[Adapter]:
+def _adam(rows: Rows, start: Adapter, steps: int, rate: float, batch: int = 32) -> Iterator[Adapter]:
     draw = torch.Generator().manual_seed(0)
     size = start.down.norm(dim=0)
     parts = [start.down / size, (size * start.up.norm(dim=1)).log(), start.up / start.up.norm(dim=1)[:, None]]
@@ -120,7 +135,7 @@ def _from_dense(start: Adapter, whole: torch.Tensor) -> Adapter:
     return replace(start, down=down, up=whole[:-1].float(), bias=whole[-1].float(), columns=None)
 
 
-def _bohning(rows: _Rows, start: Adapter, steps: int, rate: float, momentum: bool = False) -> Iterator[Adapter]:
+def _bohning(rows: Rows, start: Adapter, steps: int, rate: float, momentum: bool = False) -> Iterator[Adapter]:
     """`W += 2 (X'X)^-1 X'(P - softmax(base + XW))`, as `diag(p) - pp' <= I/2` (:cite:`bohning1992multinomial`)."""
     x = rows.with_one
     second = x.double().T @ x.double()
@@ -141,7 +156,7 @@ def _bohning(rows: _Rows, start: Adapter, steps: int, rate: float, momentum: boo
         yield _from_dense(start, here)
 
 
-def _lbfgs(rows: _Rows, start: Adapter, steps: int, rate: float, span: bool = False) -> Iterator[Adapter]:
+def _lbfgs(rows: Rows, start: Adapter, steps: int, rate: float, span: bool = False) -> Iterator[Adapter]:
     x = rows.with_one
     # In the data's own metric every direction counts alike, and the search needs far fewer steps.
     values, vectors = torch.linalg.eigh(x.double().T @ x.double() / len(x))
@@ -172,31 +187,34 @@ def _lbfgs(rows: _Rows, start: Adapter, steps: int, rate: float, span: bool = Fa
             yield replace(_from_dense(start, whole), info=start.info | {"gradient": float(theta.grad.norm())})
 
 
-def certified(features: torch.Tensor, penalty: float) -> Callable[[float], float]:
-    """Gradient's norm, as `kl_fit` tells it -> nats by which its objective is at most above its least value.
+def _near(rows: Rows, start: Adapter, steps: int, rate: float) -> Iterator[Adapter]:
+    """The least KL that is not far from the start, which may know more rows than these."""
+    both = rows.both.float().to(rows.x.device)
+    own = rows.base + rows.with_one @ rows.dense(start).float()
+    up, bias = (rows.full(start, some) for some in (start.up, start.bias[None]))
+    up, adapters, read = torch.cat([up, both]), [], 0
 
-    `features` are the rows `(n, p + 1)` with the one of the intercept; the bound is proved in the mathematics of the
-    book, "How far from the optimum".
-    """
-    size = features.double().square().mean(0).sqrt()
-    scaled = features.double() / size.clamp(min=1e-6 * float(size.max()))  # as `kl_fit` has it
-    most = float(torch.linalg.eigvalsh(scaled.T @ scaled / len(scaled))[-1])
-    return lambda gradient: gradient**2 * (penalty + most) / (2 * penalty)
+    def given(some: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal read
+        read += some.stop - some.start
+        return own[some], rows.p[some]
 
+    def seen(weight: torch.Tensor, more: torch.Tensor, within: float) -> None:
+        parts = {"down": torch.cat([start.down, weight.float()], 1), "up": up, "bias": (bias + more.float() @ both)[0]}
+        told = {"within": within, "passes": read // len(own)}
+        adapters.append(replace(start, **parts, columns=None, info=start.info | told))
 
-def _near(rows: _Rows, start: Adapter, steps: int, rate: float) -> Iterator[Adapter]:
-    """The least KL that is not far from the start, which may know more rows than these; `gradient` is `kl_fit`'s."""
-    first, both = rows.dense(start), rows.both.float().to(rows.x.device)
-    own, adapters = rows.base + rows.with_one @ first.float(), []
-    within = certified(rows.with_one, rate)
-
-    def seen(weight: torch.Tensor, bias: torch.Tensor, gradient: float) -> None:
-        whole = first + torch.cat([weight, bias[None]]) @ both.double()
-        told = {"gradient": gradient, "within": within(gradient)}
-        adapters.append(replace(_from_dense(start, whole), info=start.info | told))
-
-    kl_fit(rows.x, lambda some: (own[some], rows.p[some]), both, rate, seen, steps)
+    kl_fit(rows.x, given, both, rate, seen, steps)
     yield from adapters or [start]  # no step is left to take from the optimum itself
+
+
+def families(final: int, random: int = 512, seed: int = 0) -> dict[str, Features]:
+    """What a map at the end may read, beside the final state alone, of a model with so many layers."""
+    near = f"block {final - 1}"
+    drawn = ("relu", "fourier", "square")
+    return {"last_block": Features((final, final - 1, near)), "layers": Features((*range(final + 1), near))} | {
+        kind: Features((*range(final + 1), near), random=random, kind=kind, seed=seed) for kind in drawn
+    }
 
 
 REFINERS: dict[str, Refiner] = {

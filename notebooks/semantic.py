@@ -73,9 +73,10 @@ def embeddings(train: Activations, lam: float = 1e-4) -> Answer:
 
 
 def bytes_first(train: Activations) -> Answer:
-    """The study's plan (b), in the one place where nothing is lost: the next *byte*, summed up from either's tokens.
+    """The first half of the study's plan (b): the next *byte*, summed up from either's tokens.
 
-    What the expert says of it is exact at an end; which token begins with that byte is left to the base.
+    What the expert says of it is exact at an end; which token begins with that byte is left to the base, where the
+    plan would have fitted a linear map. Nothing is fitted here.
     """
     expert, base = _models(train)
     first = [_first_bytes(model) for model in (expert, base)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,18 +13,21 @@ import pytest
 import torch
 from conftest import refused
 
-from chassis_utils import LanguageModel, Probes, fit, harvest, solve, token_bytes
+from chassis_utils import LanguageModel, Probes, fit, harvest, load, solve, statistics, token_bytes
 from chassis_utils.activations import tokenize
 from chassis_utils.solve import Gram
-from chassis_utils.statistics import KEPT, room
+from chassis_utils.statistics import KEPT, available, room
 from chassis_utils.tokens import text_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench
 import bridges
+import corpora
 import scale
 
 import costs
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
 def test_bare_passes_see_every_token_once(base: LanguageModel, prompts: Probes) -> None:
@@ -108,6 +112,27 @@ def test_the_vocabulary_counts_in_what_memory_allows(base: LanguageModel) -> Non
         room(base, 8, 8, 10**10)
 
 
+def test_what_is_free_counts_and_not_what_the_machine_has(
+    base: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = available(tmp_path)  # no limit there
+    assert 0 < whole < 2**50
+    for limit, used, cached, wanted in (
+        ("max", 2**30, 0, whole),
+        (2**20, 2**19, 2**10, 2**19 + 2**10),
+        (2**60, 0, 0, whole),
+        (2**20, 2**21, 0, -(2**20)),
+    ):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text(f"{used}\n")
+        (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {cached}\n")
+        assert available(tmp_path) == pytest.approx(wanted, rel=0.5 if wanted == whole else 0)
+    assert room(base, 1024, 1024, 0).type == "cpu"
+    monkeypatch.setattr(statistics, "available", lambda: 2**26)
+    with refused("1,024 features", "0.1 GiB to gather", "where 0.1 GiB are free"):
+        room(base, 1024, 1024, 0)
+
+
 def test_the_search_and_the_cut_name_the_same_first_token() -> None:
     own = ["th", "e", "the", "t", "he", "q", "a"]
     known = {text: i for i, text in enumerate(own)}
@@ -122,3 +147,34 @@ def test_made_up_tokenizers_are_of_the_size_wanted_and_read_what_they_write() ->
         assert model.vocab_size == 700
         ids = model.tokenizer("the thin air, 42", add_special_tokens=False)["input_ids"]
         assert text_bytes(token_bytes(model.tokenizer), ids).strip() == b"the thin air, 42"
+
+
+def test_the_figures_of_the_corpora_grow_with_the_rank_and_are_shares_of_their_own_kl() -> None:
+    rows = json.loads((NOTEBOOKS / "corpora.json").read_text())
+    for expert in corpora.EXPERTS:
+        own = [row for row in rows if row["expert"] == expert]
+        assert len({(row["tokens"], row["n"], row["kl_identity"]) for row in own}) == 1
+        for row in own:
+            assert row["recovered"] == pytest.approx(1 - row["kl"] / row["kl_identity"], abs=1e-6)
+            assert row["recovered_low"] <= row["recovered"] <= row["recovered_high"]
+        cuts = sorted((row for row in own if row["method"] == "v2"), key=lambda row: row["rank"])
+        assert [row["rank"] for row in cuts[:-1]] == [*corpora.RANKS]
+        for less, more in pairwise(cuts):  # the cut is best in squares: the KL may differ by what the text leaves open
+            assert more["recovered_high"] > less["recovered_low"]
+        assert cuts[-1]["recovered"] > cuts[0]["recovered_high"]
+
+
+def test_the_figures_of_shared_maps_are_of_one_text_and_of_as_many_numbers() -> None:
+    told = json.loads((NOTEBOOKS / "together.json").read_text())
+    vocab, p, count = load(told["base"], device="cpu").vocab_size, told["features"], len(corpora.EXPERTS)
+    for expert in corpora.EXPERTS:
+        own = [row for row in told["rows"] if row["expert"] == expert]
+        assert len({(row["n"], row["kl_identity"]) for row in own}) == 1 and len(own) * count == len(told["rows"])
+        for each, shared in zip(own[::2], own[1::2], strict=True):
+            assert (each["way"], shared["way"]) == ("each", "shared")
+            assert each["numbers"] == each["rank"] * count * (p + vocab)
+            assert shared["numbers"] == shared["rank"] * (p + count * vocab)
+            assert shared["numbers"] == pytest.approx(each["numbers"], rel=0.05)
+            for row in (each, shared):
+                assert row["recovered"] == pytest.approx(1 - row["kl"] / row["kl_identity"], abs=1e-6)
+                assert row["recovered_low"] < row["recovered"] < row["recovered_high"]

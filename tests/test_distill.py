@@ -16,6 +16,7 @@ from chassis_utils import (
     Features,
     LanguageModel,
     Probes,
+    distill,
     evaluate,
     fit,
     gather,
@@ -23,6 +24,7 @@ from chassis_utils import (
     load,
     probe_set,
     solve,
+    statistics,
 )
 from chassis_utils.solve import Gram, Heads, low_rank, scaled_ridge
 from ownwords import _cut, written
@@ -134,9 +136,25 @@ def test_statistics_of_other_models_or_features_do_not_add_up(
         one + gather(base, expert, prompts, Features((2,)), progress=False)
 
 
-def test_too_many_features_are_refused_before_anything_runs(base: LanguageModel, expert: LanguageModel) -> None:
+def test_too_many_features_are_refused_before_anything_runs(
+    base: LanguageModel, expert: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = LanguageModel.states
+
+    def one_token(model: LanguageModel, ids: torch.Tensor, *rest: object) -> dict:
+        assert ids.numel() == 1, "only the pass that tells the sizes of features"
+        return states(model, ids, *rest)
+
+    monkeypatch.setattr(LanguageModel, "states", one_token)
     with refused("1,000,032 features", "GiB", "fewer"):
         gather(base, expert, probe_set("mixed", "train", 8), Features((3,), random=1_000_000), progress=False)
+
+
+def test_a_fit_to_the_kl_is_refused_where_memory_is_short(rows: Activations, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "available", lambda: 10**6)
+    monkeypatch.setattr(distill, "kl_fit", lambda *_: pytest.fail("it was begun"))
+    with refused(f"{sum(x.shape[1] for x in rows.hidden.values())} features", "0.0 GiB are free"):
+        fit(rows, "near")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import refused
@@ -10,7 +11,20 @@ from conftest import refused
 from bridging import Places
 from chassis_utils import Bridge, LanguageModel, Probes, load, probe_set
 from chassis_utils.metrics import kl
-from lookahead import FATES, beside, budget_figure, flow_figure, flows, followed, healed, inside, least
+from lookahead import (
+    FATES,
+    beside,
+    budget_figure,
+    flow_figure,
+    flows,
+    followed,
+    healed,
+    inside,
+    judged,
+    least,
+    measured,
+    said_of,
+)
 
 PROMPTS = ("Question: A baker has 24", "The cat sat on the", "The tow")
 
@@ -88,6 +102,16 @@ def test_a_larger_budget_is_nearer_and_the_bound_holds(pair: tuple[LanguageModel
     for n in (0, 8):
         told = beside(found[n], found[64])
         assert (told["total variation"] <= found[n].undecided + found[64].undecided + 1e-9).all()
+    rows = {row["bridge"]: row for row in measured(Bridge(*pair), places, found, floor)}
+    assert [*rows][-3:] == ["exact 0", "exact 8", "exact 64"] and {*rows} > {"A as reported", "C in context"}
+    own = judged("base", said_of(places.own, found[64]), found[64], places.passage)
+    for row in (*rows.values(), own):
+        assert 0 <= row["truth low"] <= row["total variation"] + 1e-9 <= row["truth high"] + 2e-9
+    assert rows["exact 64"]["KL"] < 1e-5 < own["KL"], "the reference itself, and what knows nothing of it"
+    assert own["placed"] == pytest.approx(rows["exact 64"]["placed"], abs=1e-9)
+    means = pd.DataFrame([rows[f"exact {n}"] for n in (0, 8, 64)]).assign(prompt="many")
+    first = budget_figure(found, floor, PROMPTS, {"undecided": {8: 0.05}}, "Budget", means)
+    assert np.allclose(next(t for t in first.data if t.name == "undecided").y, bounds, rtol=1e-3)
     same = beside(found[64], found[64])
     assert same["total variation"].abs().max() == 0 and same["top-1 equal"].min() == 1
     assert same["KL"].max() < 1e-5 and kl(torch.zeros(1, 3), torch.zeros(1, 3)).item() == 0

@@ -193,11 +193,11 @@ TOGETHER = [
     "aligned projected lens lens_text logit_lens exact",
     "as_reported without_middle pseudo_inverse identity", "rrr descent_rrr identity",
     "as_reported v1 hidden rrr rrr_hidden matched identity", "as_reported adam bohning accelerated lbfgs identity",
-    "v2 v1 ridge rrr layers inner relu fourier square rrr_limit v2_limit identity",
+    "v2 v1 ridge rrr last_block layers inner relu fourier square rrr_limit last_block_limit v2_limit identity",
     "v2 rrr lora_4 lora_16 lora_64 lora_head head_only tuned_lens tuned_lens_adam tuned_lens_muon weight_svd "
     "weight_svd_blocks weight_svd_data weight_svd_data_blocks proxy identity",
     "v2 rrr lora_4 lora_16 lora_64 head_only tuned_lens tuned_lens_adam weight_svd_4 weight_svd_16 weight_svd_64 "
-    "weight_svd_data_4 weight_svd_data_16 weight_svd_data_64 identity"]
+    "weight_svd_data_4 weight_svd_data_16 weight_svd_data_64 rrr_limit last_block_limit v2_limit identity"]
 
 
 @pytest.mark.parametrize("figure", TOGETHER)
