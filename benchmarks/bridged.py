@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[2000, 6000, 20_000, 60_000, 120_000], help="for v2")
     parser.add_argument("--text", type=int, default=1_270_000, help="tokens of the text")
     parser.add_argument("--epochs", type=int, default=3, help="times that natural reads the text")
-    parser.add_argument("--shorter", type=int, nargs="+", default=[16_000, 64_000, 256_000], help="for part shorter")
+    parser.add_argument("--shorter", type=int, nargs="+", default=[20_000, 120_000], help="for part shorter")
     parser.add_argument("--part", type=int, default=8000, help="tokens a step of natural")
     parser.add_argument("--behind", type=int, default=60_000, help="tokens of it that v2 behind natural reads again")
     parser.add_argument("--validation", type=int, default=6000)

@@ -14,6 +14,7 @@ from torch.linalg import vecdot
 from chassis_utils import Activations, Adapter, ChassisError, Features
 from chassis_utils.adapter import heads
 from chassis_utils.solve import kl_fit
+from chassis_utils.statistics import available
 
 #: (training rows, starting adapter, steps, step size) to the adapter after each step.
 Refiner = Callable[["Rows", Adapter, int, float], Iterator[Adapter]]
@@ -32,7 +33,11 @@ class Rows:
             )
         if a.base.readout.softcap is not None:
             raise ChassisError(f"{a.base.name} caps its logits: no linear map of them is refined here")
-        device = a.base.device
+        device, vocab = a.base.device, a.base.vocab_size
+        wanted, free = 4 * len(a) * (3 * vocab + sum(a.layer(place).shape[1] for place in start.reads)), available()
+        if wanted > 0.8 * free:
+            sizes = f"{wanted / 2**30:.1f} GiB of logits, where {free / 2**30:.1f} GiB are free"
+            raise ChassisError(f"{len(a):,} rows need {sizes}: give fewer prompts")
         self.x = start.inputs({place: a.layer(place) for place in start.reads}).to(device)
         self.with_one = torch.cat([self.x, torch.ones_like(self.x[:, :1])], dim=1)  # for the bias
         self.base = a.base.readout(a.hidden[a.final].to(device))

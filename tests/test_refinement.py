@@ -63,7 +63,9 @@ def test_a_refined_adapter_still_knows_what_it_was_fitted_on(rows: Activations, 
     assert torch.equal(again.up, refined.up)
 
 
-def test_what_cannot_be_refined_is_said(rows: Activations, activations: Activations) -> None:
+def test_what_cannot_be_refined_is_said(
+    rows: Activations, activations: Activations, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start = fit(rows, "rrr", 4)
     with refused("newton", "bohning", "lbfgs"):
         refine(rows, start, "newton")
@@ -71,6 +73,9 @@ def test_what_cannot_be_refined_is_said(rows: Activations, activations: Activati
         refine(rows, start, "bohning", steps=0)
     with refused("rate = 0"):
         refine(rows, start, "near", rate=0)
+    with monkeypatch.context() as memory, refused("GiB", "fewer prompts"):
+        memory.setattr("refinement.available", lambda: 2**16)
+        refine(rows, start, "near")
     for wrong in (fit(rows, "lens"), fit(activations, "rrr", layer=1), into_hidden(start, rows.base)):
         with refused(wrong.method, "final layer"):
             refine(rows, wrong, "bohning")
