@@ -1,6 +1,6 @@
 """What the model of cost (`notebooks/costs.py`) is calibrated with and checked against; see `README.md`.
 
-python benchmarks/costs.py [--parts rates checks curve shards] [--tokens 2048]
+python benchmarks/costing.py [--parts rates checks curve shards] [--tokens 2048]
 """
 
 import argparse
