@@ -3,7 +3,8 @@
 python benchmarks/bridged.py --corpora DIR [--parts v2 shorter natural] [--epochs 3]
 
 `v2` is one change of the head's input (`fit`); `natural` edits every block, and `natural_v2` is v2 behind these edits.
-Part `shorter` is `natural` on less text, every size a run of its own. Beside them bridges that need the expert at run
+Part `shorter` is `natural` on less text, every size a run of its own; positions count once however often they were
+read. Beside them bridges that need the expert at run
 time, fitted on all the text. The rate of `natural`, how often it reads the text and all other choices were made on
 validation text. The parts may run side by side.
 """
@@ -25,7 +26,18 @@ import torch
 from bench import command, keep, write
 from corpora import text
 
-from chassis_utils import Activations, Bridge, ForeignExpert, LanguageModel, Probes, evaluate, fit, harvest, load
+from chassis_utils import (
+    Activations,
+    Bridge,
+    ChassisError,
+    ForeignExpert,
+    LanguageModel,
+    Probes,
+    evaluate,
+    fit,
+    harvest,
+    load,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
 from natural import chunks, natural
@@ -114,7 +126,7 @@ def read(race: Race, args: argparse.Namespace) -> list[Probes]:
 
 
 def shorter(race: Race, args: argparse.Namespace) -> list[dict]:
-    """Edits by natural gradients from less text; positions count every place once, however often it was read."""
+    """Edits by natural gradients from less text."""
     for tokens in args.shorter:
         some = replace(race, whole=race.part(tokens)[0])
         start = time.process_time()
@@ -130,7 +142,7 @@ def descended(race: Race, args: argparse.Namespace) -> list[dict]:
     for number, (seen, _, edits) in enumerate(natural(base, expert, parts, RATE), 1):
         spent = time.process_time() - start
         if number & (number - 1) == 0 or number % 32 == 0 or number == len(parts):
-            race.judge("natural", edits, seen, spent)
+            race.judge("natural", edits, seen // args.epochs, spent)
             start = time.process_time() - spent  # judging is not counted
     start = time.process_time()
     a = harvest(base.edited(*edits.edits), expert, race.part(args.behind)[0], "all", places, progress=False)
@@ -138,7 +150,7 @@ def descended(race: Race, args: argparse.Namespace) -> list[dict]:
     # Fitted to the edited base, it and the edits belong to the bare one.
     info = both.info | {"base_revision": base.revision}
     both = replace(both, edits=edits.edits, fitted_on=both.fitted_on | edits.fitted_on, info=info)
-    more = spent + time.process_time() - start
+    more, seen = spent + time.process_time() - start, seen // args.epochs
     race.judge("natural_v2", both, seen, more)
     race.judge("natural", edits, seen, spent, last=True)
     race.judge("natural_v2", both, seen, more, last=True)
@@ -157,6 +169,7 @@ def main() -> None:
     parser.add_argument("--shorter", type=int, nargs="+", default=[20_000, 120_000], help="for part shorter")
     parser.add_argument("--part", type=int, default=8000, help="tokens a step of natural")
     parser.add_argument("--behind", type=int, default=60_000, help="tokens of it that v2 behind natural reads again")
+    parser.add_argument("--anew", action="store_true", help="drop figures of another setting")
     parser.add_argument("--validation", type=int, default=6000)
     parser.add_argument("--test", type=int, default=20_000)
     args = parser.parse_args()
@@ -169,11 +182,16 @@ def main() -> None:
     setting = {"base": base.name, "expert": args.expert, "counted": whole.name, "text": whole.digest}
     setting |= {"val": val.digest, "test": test.digest, "threads": torch.get_num_threads()}
     steps = {"part": args.part, "rate": RATE, "epochs": args.epochs, "behind": args.behind}
+    others = ("natural", "shorter")
+    wanted = setting | (steps if {*args.parts} & {*others} else {})
+    there = keep(RESULTS)
+    if (other := [name for name, value in wanted.items() if there.get(name, value) != value]) and not args.anew:
+        raise ChassisError(f"{RESULTS.name} is of another {', '.join(other)}: --anew drops what does not go with these")
     for part in args.parts:
         found = PARTS[part](Race(base, expert, whole, val, test), args)
         shown = pd.DataFrame(found).drop(columns="gains")
         print(shown.to_string(index=False, float_format="{:.4g}".format), flush=True)
-        there, others = keep(RESULTS), ("natural", "shorter")
+        there = keep(RESULTS)
         if any(there.get(name) != value for name, value in setting.items()):
             there = {}  # no other part of another setting
         if part in others and any(there.get(name) != value for name, value in steps.items()):

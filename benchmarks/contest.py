@@ -111,7 +111,11 @@ def cut_weights(contest: Contest, args: argparse.Namespace) -> None:
 def train(contest: Contest, args: argparse.Namespace) -> None:
     """LoRA: step sizes, then the courses; written after every one, so that what is stopped is not lost."""
     name, chosen, ends, sought = contest.expert.name, {}, {}, {}
-    courses: list[pd.DataFrame] = []
+    there = known()[name]  # what else was trained stays
+    others = pd.DataFrame([row for row in there.get("courses", []) if row["method"] in OTHERS])
+    for key, of in (("step_sizes", chosen), ("search", sought)):
+        of |= {what: value for what, value in there.get(key, {}).items() if what in OTHERS}
+    courses: list[pd.DataFrame] = [others] if len(others) else []
 
     def run(rank: int, lr: float, budget: float) -> float:
         courses.append(lora(replace(contest, seconds=budget), rank, lr=lr).assign(budget=budget))
@@ -193,7 +197,9 @@ def train_longer(contest: Contest, args: argparse.Namespace) -> None:
 def note(name: str, courses: list[pd.DataFrame], **more: object) -> dict[str, float | None]:
     """Write all courses, and where they cross v2's KL; print the last."""
     everything, goal = pd.concat(courses, ignore_index=True), known()[name]["v2"]["kl"]
-    crossings = {str(rank): crossing(everything[everything["rank"] == rank], goal) for rank in RANKS}
+    kinds = {str(rank): everything["rank"] == rank for rank in RANKS}
+    kinds |= {name: everything["method"] == name for name in OTHERS if (everything["method"] == name).any()}
+    crossings = {kind: crossing(everything[rows], goal) for kind, rows in kinds.items()}
     write(name, more | {"crossing": crossings, "courses": plain(everything)})
     told = ["method", "rank", "lr", "budget", "seconds", "kl", "recovered"]
     print(name, everything[told].tail(1).to_string(header=False), flush=True)
@@ -221,6 +227,9 @@ def main() -> None:
     names = [*EXPERTS] if args.expert is None else [args.expert]
     if "v2" not in args.parts and any("v2" not in known().get(name, {}) for name in names):
         parser.error("everything is measured against v2's point: run the part v2 first")
+    found = [known().get(name, {}).get("step_sizes", {}) for name in names] if "others" not in args.parts else []
+    if "equal" in args.parts and any(name not in one for one in found for name in OTHERS):
+        parser.error("the part equal takes the step sizes that the part others finds: run that first")
     torch.set_num_threads(1)
     base = load("pocket-base", device="cpu")
     for name in names:

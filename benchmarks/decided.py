@@ -10,6 +10,7 @@ Nothing is chosen here.
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import time
 from pathlib import Path
@@ -44,9 +45,16 @@ def together(several: list[Bridged]) -> Bridged:
     return Bridged(*(torch.cat([getattr(one, name) for one in several]) for name in ("mass", "undecided", "passes")))
 
 
+def drawn(places: Places, n: int, seed: int) -> Places:
+    """So many of the places."""
+    if not 1 <= n <= len(places):
+        raise ChassisError(f"{n} places are wanted, and the text holds {len(places)}: ask for fewer")
+    return places.some(sorted(random.Random(seed).sample(range(len(places)), n)))
+
+
 def aims(base: LanguageModel, own: LanguageModel, train: Probes, places: Places, right: Bridged) -> dict[str, Bridged]:
     """What adapters are fitted to, by the plain rule and counted on text, one of them, and the bare base."""
-    foreign = {name: ForeignExpert(Bridge(own, base, "C"), text) for name, text in (("rule", None), ("counted", train))}
+    foreign = {name: ForeignExpert(Bridge(own, base, "C"), some) for name, some in (("rule", None), ("counted", train))}
     reads = [base.num_layers, base.num_layers - 1, f"block {base.num_layers - 1}"]
     there = {name: harvest(base, one, places.probes, "last", reads, progress=False) for name, one in foreign.items()}
     v2 = fit(harvest(base, foreign["counted"], train, "all", reads, progress=False))
@@ -78,8 +86,7 @@ def main() -> None:
     if args.corpora:
         probes = text(base, args.corpora, "math", "test", 2 * args.tokens)
     everywhere = Places.before_spaces(base, expert, probes)
-    several = Places.before_spaces(base, expert, probes, min(args.tables, len(everywhere)), args.seed)
-    places = Places.before_spaces(base, expert, probes, args.n, args.seed)
+    several, places = (drawn(everywhere, n, args.seed) for n in (min(args.tables, len(everywhere)), args.n))
     exact, start, each = Bridge(expert, base), time.process_time(), []
     for i in tqdm(range(args.n), desc="places"):
         each.append(followed(exact, places.some(range(i, i + 1)), args.budgets))
@@ -93,14 +100,21 @@ def main() -> None:
         low, high = bounds(several.passage, placed)
         wide.append({"bridge": name, "placed": float(placed.mean()), "placed low": low, "placed high": high})
     about = {"base": base.name, "expert": expert.name, "places": args.n, "passages": len({*places.passage.tolist()})}
-    about |= {"text": probes.digest, "split": probes.split, "seed": args.seed, "seconds": seconds, "rows": rows}
+    about |= {
+        "text": probes.digest,
+        "split": probes.split,
+        "tokens": args.tokens,
+        "seed": args.seed,
+        "seconds": seconds,
+        "rows": rows,
+    }
     about |= {"wide": wide, "wide_places": len(several), "wide_passages": len({*several.passage.tolist()})}
     if args.corpora:
         train = text(base, args.corpora, "math", "train", args.tokens)
         targets = aims(base, expert, train, places, reference).items()
         about["targets"] = [judged(name, one, reference, places.passage) for name, one in targets]
         print(*about["targets"], sep="\n", flush=True)
-    keep(RESULTS, **{probes.name: about})
+    keep(RESULTS, **{f"{expert.name} into {base.name}, {probes.name}": about})
 
 
 if __name__ == "__main__":

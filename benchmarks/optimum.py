@@ -104,7 +104,7 @@ def foreign(base: LanguageModel, args: argparse.Namespace) -> None:
         shares = {side: float(row[side]) for side in ("recovered", "recovered_low", "recovered_high")}
         return shares | {"gains": gains(held, adapted(adapter))}
 
-    kept.append({"family": "v2", "rows": len(a), "passes": v2.info["steps"], "penalty": v2.info["lam"], **judged(v2)})
+    kept.append({"family": "v2", "rows": len(a), "steps": v2.info["steps"], "penalty": v2.info["lam"], **judged(v2)})
     print(kept[-1], flush=True)
     chosen = PENALTIES.index(v2.info["lam"])
     for penalty in PENALTIES[max(0, chosen - 1) : chosen + 2]:
@@ -113,7 +113,7 @@ def foreign(base: LanguageModel, args: argparse.Namespace) -> None:
         weight, bias, within = steps[-1]
         factors = low_rank(weight, Gram.of(x, x[:, :0]).xx)
         end = assembled(a, final, factors, bias, features=features, space="hidden", info={}).named("optimum")
-        told = {"family": "optimum", "rows": len(a), "passes": len(steps), "penalty": penalty, "within": within}
+        told = {"family": "optimum", "rows": len(a), "steps": len(steps), "penalty": penalty, "within": within}
         kept.append(told | judged(end))
         print(kept[-1], flush=True)
     keep(RESULTS, **{own.name: kept})
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES, help="of part same")
     parser.add_argument("--tokens", type=int, default=30_000, help="to fit on")
     parser.add_argument("--val-tokens", type=int, default=4_000, help="of validation text, to judge on")
-    parser.add_argument("--steps", type=int, default=40, help="passes to the optimum")
+    parser.add_argument("--steps", type=int, default=40, help="to the optimum")
     parser.add_argument(
         "--penalties", type=float, nargs="+", default=[1.0], help="of the squared distance from the closed form"
     )

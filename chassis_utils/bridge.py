@@ -24,7 +24,8 @@ from .models import LanguageModel
 from .tokens import Pieces, ids_of, token_bytes
 
 STAGES = ("A", "B", "C", "exact")
-CUTS = json.loads(Path(__file__).with_name("cuts.json").read_text())  #: What GPT-2, Llama 3, Qwen, o200k cut by
+#: Expression that a tokenizer cuts by (GPT-2's, Llama 3's, Qwen's, o200k's, ...) -> what of a text's end it cuts anew.
+CUTS = json.loads(Path(__file__).with_name("cuts.json").read_text())
 WIDTH = 8  # continuations that share one forward pass of the expert in stage `exact`
 
 
@@ -70,10 +71,10 @@ class Bridge:
       no further text can change t: in a word before the last; and in the last, of BPE or Unigram, if its beginnings
       after which a boundary can stay agree on t (all of it; and where the rest begins longer tokens that can follow,
       with each of these). Words wait for the next one if their model is another, an unknown normalizer made them, or a
-      regular expression may cut them anew (trailing whitespace, an apostrophe among the last two characters); one that
-      is not made of `CUTS` leaves nothing certain but the end of a text. The rest, *undecided*, goes to what the base
-      would write if the text ended there. Added tokens spelled out in a continuation are plain text, bytes that are no
-      UTF-8 U+FFFD, and the expert's end of text is the base's. Float rounding aside, nothing is approximate.
+      regular expression may cut them anew (`CUTS`: mostly trailing whitespace, an apostrophe among the last two
+      characters); an unknown one leaves nothing certain but the end of a text. The rest, *undecided*, goes to what the
+      base would write if the text ended there. Added tokens spelled out in a continuation are plain text, bytes that
+      are no UTF-8 U+FFFD, and the expert's end of text is the base's. Float rounding aside, nothing is approximate.
 
     The prompt's tokens are given, for either model. With `heal`, where it may end inside a token, each takes back its
     last `heal` ones: the expert's continuation must begin with the bytes it lost, and the place moves back as many base
@@ -132,7 +133,8 @@ class Bridge:
         rows = _checked(probabilities, self.expert.vocab_size, prompts) if given else None
         named = [(prompt, f"prompt {i}") for i, prompt in enumerate(prompts or ())]
         ids = [self.expert.prompt_ids(*one) for one in named] if exact or not given else []
-        _ = [self.base.prompt_ids(*one) for one in named if one[0]]  # the base must be able to read it too
+        for prompt, which in named:
+            self.base.prompt_ids(prompt or "a", which)  # it must be able to read it too
         if exact:
             found = [self._exact(*one) for one in zip(prompts, ids, rows if given else [None] * len(ids), strict=True)]
             mass = np.array([one for one, *_ in found]).reshape(-1, self.base.vocab_size + 2)
@@ -171,8 +173,7 @@ class Bridge:
             waiting = waiting[np.argsort(-waiting[:, 0], kind="stable")]
             left.append(waiting[room:])
             now, waiting = waiting[: min(room, WIDTH)], waiting[min(room, WIDTH) : room]
-            more = [(*paths[int(before)], int(token)) for _, before, token, _ in now]
-            paths += more
+            paths += (more := [(*paths[int(before)], int(token)) for _, before, token, _ in now])
             rows = self._said([[*(() if cache else ids[:start]), *path] for path in more], cache)[0] if more else []
         rest, decided = np.concatenate(left), decided[:-1]
         shared = np.bincount(np.vectorize(reader.label, otypes=[int])(rest[:, 3].astype(int)), rest[:, 0], size - 1)
@@ -232,11 +233,10 @@ class Reader:
         # Letters exchanged one for one: such a text may be cut and joined anywhere.
         exchanged = [(rule.get("pattern", {}).get("String", ""), rule.get("content", "")) for rule in changes]
         self._plain = all(len(old) == len(new) == 1 for old, new in exchanged)
-        patterns = [str(rule["pattern"].get("Regex", "")) for rule in splits if rule["type"] == "Split"]
-        searches = bool(patterns) or any(rule["type"] == "ByteLevel" and rule["use_regex"] for rule in splits)
-        looks = not all(re.fullmatch(rf"(?:(?:{'|'.join(map(re.escape, CUTS))})(?:\||\Z))*", one) for one in patterns)
-        #: What an expression may cut anew at the end of a text: all, or as said in `Bridge`.
-        self._late = re.compile(r"\A" if looks else r".?'.?\Z|\s*\Z" if searches else r"\Z", re.DOTALL)
+        late = [next(iter(CUTS.values()))] * any(x["type"] == "ByteLevel" and x["use_regex"] for x in splits) + [r"\Z"]
+        for cut in (rule["pattern"] for rule in splits if rule["type"] == "Split"):
+            late.append(CUTS.get(cut.get("Regex"), r"\Z" if len(cut.get("String", "")) == 1 else r"\A"))
+        self._late = re.compile("|".join(late), re.DOTALL)
         # These write the end of a word, or a whole word, otherwise than its beginnings.
         uneven = ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "ignore_merges")
         self._grows = self._plain and model["type"] in ("BPE", "Unigram") and not any(map(model.get, uneven))

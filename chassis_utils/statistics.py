@@ -76,8 +76,7 @@ def gather(
     ids, _ = checked_ids(base, expert, probes)
     if (fold := min(FOLD, len(ids))) < 2:
         raise ChassisError(f"'{probes.name}' has one prompt, and every eighth is held out: give two or more")
-    p, q = sum(features.sizes(base)), base.hidden_size
-    q += expert.readout.weight.shape[1] if layer == base.num_layers else 0
+    p, q = sum(features.sizes(base)), base.hidden_size + expert.readout.weight.shape[1] * (layer == base.num_layers)
     device = room(base, p, q, base.vocab_size if layer == base.num_layers else 0)
     wanted, hashes = [*dict.fromkeys([*features.places, layer])], torch.tensor(probes.hashes)
     train, held = (Gram.zeros(p, q, device) for _ in range(2))
@@ -145,7 +144,7 @@ def room(base: LanguageModel, p: int, q: int, vocab: int, rows: int = 0) -> torc
 def available(group: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes that a process can still get: what the system can free, or what its container's limit leaves if less."""
     free = virtual_memory().available
-    with suppress(OSError, ValueError):  # no limit
+    with suppress(OSError, ValueError, KeyError):  # no limit, or of the first version
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         told = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         free = min(free, limit - used + int(told["inactive_file"]))  # pages of files are given back

@@ -112,7 +112,8 @@ def _pieces(tokenizer: PreTrainedTokenizerBase) -> Pieces:
 
 def _texts(tokens: list[str], decode: Callable[[list[str]], str]) -> list[str]:
     """What the decoder writes for each token between two marks that no token contains."""
-    mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in set().union(*tokens))
+    used = set().union(*tokens)
+    mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
     gap = decode([mark, mark]).strip(mark)
     texts = decode([mark] + [part for token in tokens for part in (token, mark)]).split(mark)[1:-1]
     # A decoder that sets words apart does so before the next word (WordPiece) or after the last one ("@@").

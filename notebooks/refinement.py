@@ -34,7 +34,8 @@ class Rows:
         if a.base.readout.softcap is not None:
             raise ChassisError(f"{a.base.name} caps its logits: no linear map of them is refined here")
         device, vocab = a.base.device, a.base.vocab_size
-        wanted, free = 4 * len(a) * (3 * vocab + sum(a.layer(place).shape[1] for place in start.reads)), available()
+        p = sum(a.layer(place).shape[1] for place in start.reads)
+        wanted, free = 4 * len(a) * (6 * vocab + 2 * p), available()  # two of logits and two of twice the width at once
         if wanted > 0.8 * free:
             sizes = f"{wanted / 2**30:.1f} GiB of logits, where {free / 2**30:.1f} GiB are free"
             raise ChassisError(f"{len(a):,} rows need {sizes}: give fewer prompts")
@@ -113,6 +114,7 @@ def refined(
         seconds += time.perf_counter() - clock
         told = {"step": step, "kl": rows.kl(adapter.logits(a.base, state, rows.base)), "seconds": seconds}
         told |= {name: adapter.info.get(name, math.nan) for name in ("gradient", "within", "passes")}
+        told["seconds"] = adapter.info.get("seconds", seconds)  # one that takes all its steps first tells of each
         yield replace(adapter, method=how, fitted_on=a.probes.fingerprints, values=None), told
         clock = time.perf_counter()
 
@@ -197,7 +199,7 @@ def _near(rows: Rows, start: Adapter, steps: int, rate: float) -> Iterator[Adapt
     both = rows.both.float().to(rows.x.device)
     own = rows.base + rows.with_one @ rows.dense(start).float()
     up, bias = (rows.full(start, some) for some in (start.up, start.bias[None]))
-    up, adapters, read = torch.cat([up, both]), [], 0
+    up, adapters, read, clock = torch.cat([up, both]), [], 0, time.perf_counter()
 
     def given(some: slice) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal read
@@ -206,11 +208,12 @@ def _near(rows: Rows, start: Adapter, steps: int, rate: float) -> Iterator[Adapt
 
     def seen(weight: torch.Tensor, more: torch.Tensor, within: float) -> None:
         parts = {"down": torch.cat([start.down, weight.float()], 1), "up": up, "bias": (bias + more.float() @ both)[0]}
-        told = {"within": within, "passes": read // len(own)}
+        told = {"within": within, "passes": read // len(own), "seconds": time.perf_counter() - clock}
         adapters.append(replace(start, **parts, columns=None, info=start.info | told))
 
     kl_fit(rows.x, given, both, rate, seen, steps)
-    yield from adapters or [start]  # no step is left to take from the optimum itself
+    # No step is left to take from the optimum itself.
+    yield from adapters or [replace(start, info=start.info | {"within": 0.0, "passes": read // len(own)})]
 
 
 def families(final: int, random: int = 512, seed: int = 0) -> dict[str, Features]:

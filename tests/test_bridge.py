@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import time
 from collections.abc import Sequence
 
@@ -12,33 +13,35 @@ import pytest
 import torch
 import transformers as tf
 from conftest import refused
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from bridging import StringBridge
 from chassis_utils import LanguageModel, load
-from chassis_utils.bridge import Bridge, Reader, spelled
+from chassis_utils.bridge import CUTS, Bridge, Reader, spelled
 from chassis_utils.tokens import token_bytes
 
 KINDS = ("sentencepiece", "no pre-tokenizer", "byte-level", "unigram", "whole words", "wordpiece")
-#: Expressions that a text is cut by: two in use, and two that cut anew what stands before the end.
-SPLITS = {
-    "llama 3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+",
-    "o200k": "|".join(
-        rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]{big}[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]{small}"
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-        for big, small in ("*+", "+*")
-    )
-    + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "threes": "[0-9][0-9][0-9]",
-    "unlike": "ab:ba|[ab]+|[^ab]+",
+#: What a text is cut by: two expressions in use, and three that cut anew what stands before the end.
+SPLITS: dict[str, str | Regex] = {
+    "llama 3": Regex([*CUTS][1]),
+    "o200k": Regex(next(one for one in CUTS if "Lu" in one)),
+    "threes": Regex("[0-9][0-9][0-9]"),
+    "unlike": Regex("ab:ba|[ab]+|[^ab]+"),
+    "pair": "ab",
 }
 CHANGES = {"composed": normalizers.NFC(), "small letters": normalizers.Lowercase()}
 BYTES = ("byte-level", *SPLITS, *CHANGES)
 #: What is written with each of them.
-LETTERS = {"llama 3": "aB1'ls \n", "o200k": "aB1'ls \n", "threes": "a12 ", "unlike": "ab: ", "composed": "ae\u0301 "}
+LETTERS = {
+    "llama 3": "aB1'ls \n",
+    "o200k": "aB1'ls \n",
+    "threes": "a12 ",
+    "pair": "abc ",
+    "unlike": "ab: ",
+    "composed": "ae\u0301 ",
+}
 LETTERS |= {"small letters": "aAb ", "byte-level": "abé '\n"}
 TRY = (Phase.explicit, Phase.reuse, Phase.generate)
 QUIET = settings(max_examples=25, deadline=None, phases=TRY, suppress_health_check=list(HealthCheck))
@@ -77,7 +80,7 @@ def tokenizer(kind: str, seed: int, letters: str = "abé", merges: int = 14) -> 
         built.pre_tokenizer, built.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
         if kind in SPLITS:
             last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-            built.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLITS[kind]), "isolated"), last])
+            built.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(SPLITS[kind], "isolated"), last])
         built.normalizer = CHANGES.get(kind)
     elif kind == "wordpiece":
         built.pre_tokenizer, built.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
@@ -111,6 +114,22 @@ def model(own: tf.PreTrainedTokenizerFast, seed: int, end: float = 0.0, context:
 def written(own: tf.PreTrainedTokenizerFast, text: str) -> list[int]:
     """What a tokenizer writes for a text."""
     return own(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("number", range(len(CUTS)))
+@settings(QUIET, max_examples=60)
+@example("中B", "c")
+@example("'l", "l")
+@given(*[st.text("aBsrlǅʰ中\u03011½'’ \n\r/!ſ", max_size=n) for n in (8, 4)])
+def test_what_an_expression_has_cut_stays_cut_before_what_may_be_cut_anew(number: int, text: str, tail: str) -> None:
+    expression, late = [*CUTS.items()][number]
+    cut = pre_tokenizers.Split(Regex(expression), "isolated")
+    edge = re.search(late, text, re.DOTALL).start()
+    starts, longer = ([at[0] for _, at in cut.pre_tokenize_str(one)] for one in (text, text + tail))
+    settled = [start for start in starts if start <= edge]
+    assert [start for start in longer if start <= max(settled, default=0)] == settled or not text
+    if edge == len(text):  # then the last word is read too, as one that grows at its end
+        assert not [start for start in longer if max(settled, default=0) < start < len(text)]
 
 
 def test_an_expression_that_is_not_known_settles_nothing_before_the_end() -> None:

@@ -87,6 +87,8 @@ def test_near_stays_where_it_starts_under_a_large_penalty_and_else_meets_its_cer
     assert began.iloc[-1] == pytest.approx(began[0], abs=1e-6)
     few, many = (refine(rows, start, "near", steps=steps, rate=4.0)[1] for steps in (10, 60))
     gained = [course["kl"][0] - course["kl"].iloc[-1] for course in (few, many)]
+    assert few["passes"].iloc[1] >= 3, "one to set up, one where it starts, one more at least"
+    assert (few["passes"].diff().iloc[2:] >= 1).all() and (few["seconds"].diff().dropna() > 0).all()
     assert 0 < many["within"].iloc[-1] < 1e-3 * gained[1], "the last step is certified"
     assert few["within"].iloc[-1] < few["within"].iloc[1], "and nearer than the first one"
     assert 0 < gained[0] == pytest.approx(gained[1], rel=1e-2), "ten steps are within a hundredth of the optimum"
@@ -96,6 +98,7 @@ def test_near_stays_at_the_optimum(base: LanguageModel, synthetic: SyntheticExpe
     rows = harvest(base, synthetic, prompts, "all", [-1], progress=False)
     start = fit(rows, "rrr", lam=1e-9)
     refined, course = refine(rows, start, "near", steps=5)
+    assert course["within"].iloc[-1] < 1e-6
     assert course["kl"].abs().max() < 1e-6 and refined.method == "near"
 
 
