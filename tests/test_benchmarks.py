@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import refused
 
-from chassis_utils import LanguageModel, Probes, fit, harvest, load, solve, statistics, token_bytes
+from chassis_utils import LanguageModel, Probes, fit, harvest, load, probe_set, solve, statistics, token_bytes
 from chassis_utils.activations import tokenize
 from chassis_utils.solve import Gram
 from chassis_utils.statistics import KEPT, available, room
@@ -21,11 +21,15 @@ from chassis_utils.tokens import text_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench
+import bridged
 import bridges
 import corpora
+import decided
+import optimum
 import scale
 
 import costs
+from bridging import Places
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -178,3 +182,55 @@ def test_the_figures_of_shared_maps_are_of_one_text_and_of_as_many_numbers() -> 
             for row in (each, shared):
                 assert row["recovered"] == pytest.approx(1 - row["kl"] / row["kl_identity"], abs=1e-6)
                 assert row["recovered_low"] < row["recovered"] < row["recovered_high"]
+
+
+def test_the_look_ahead_on_many_places_is_kept_by_pair_and_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (kept := tmp_path / "decided.json").write_text('{"another pair": 1}')
+    monkeypatch.setattr(decided, "RESULTS", kept)
+    monkeypatch.setattr(sys, "argv", "decided --n 2 --tables 30 --budgets 0 4".split())
+    decided.main()
+    found = json.loads(kept.read_text())
+    assert found.pop("another pair") == 1 and [*found] == ["pocket-phi into pocket-base, math-text"]
+    (told,) = found.values()
+    rows = {row["bridge"]: row for row in told["rows"]}
+    assert (told["places"], told["wide_places"], rows["exact 4"]["total variation"]) == (2, 30, 0)
+    assert 0 <= rows["exact 4"]["least"] <= rows["exact 4"]["undecided"] < rows["exact 0"]["undecided"]
+    placed = [row["placed"] for row in told["wide"]]
+    assert placed == sorted(placed), "the study's table, and stages A to C"
+    with refused("500000 places", "fewer"):
+        decided.drawn(Places.of(*map(load, ("pocket-base", "pocket-phi")), Probes("one", "val", ("The",))), 500_000, 0)
+
+
+def test_a_family_is_kept_beside_those_that_were_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (kept := tmp_path / "optimum.json").write_text('{"pocket-math": [{"family": "v2", "penalty": 1.0}], "other": []}')
+    monkeypatch.setattr(optimum, "RESULTS", kept)
+    texts = probe_set("math-text", "train", 12), probe_set("math-text", "val", 2)
+    monkeypatch.setattr(optimum, "texts", lambda *_: texts)
+    asked = {"experts": ["pocket-math"], "families": ["rrr"], "penalties": [1.0, 3.0], "steps": 9}
+    optimum.same(load("pocket-base", device="cpu"), SimpleNamespace(**asked))
+    found = json.loads(kept.read_text())
+    assert found.pop("other") == []
+    *ours, there = found["pocket-math"]
+    assert there == {"family": "v2", "penalty": 1.0} and [row["penalty"] for row in ours] == [3.0, 1.0]
+    for row in ours:
+        closed, few, end = (row[stop] for stop in ("closed", "few", "end"))
+        assert closed["passes"] == 0 < few["passes"] <= optimum.FEW < end["passes"]
+        assert closed["rows"] < few["rows"] <= end["rows"] + 1e-3 and row["within"] > 0
+    assert ours[0]["end"]["rows"] < ours[1]["end"]["rows"], "a smaller penalty comes nearer on the rows themselves"
+
+
+def test_figures_of_another_setting_are_dropped_only_if_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (kept := tmp_path / "bridged.json").write_text(before := '{"val": "another text", "v2": [1]}')
+    monkeypatch.setattr(bridged, "RESULTS", kept)
+    monkeypatch.setattr(bridged, "text", lambda base, at, domain, split, n: probe_set("math-text", split, 2))
+    monkeypatch.setattr(bridged, "PARTS", {"v2": lambda *_: [{"method": "v2", "gains": None}], "shorter": None})
+    monkeypatch.setattr(sys, "argv", "bridged --corpora here --parts v2".split())
+    with refused("val", "--anew"):
+        bridged.main()
+    assert json.loads(kept.read_text()) == json.loads(before)
+    sys.argv.append("--anew")
+    bridged.main()
+    found = json.loads(kept.read_text())
+    assert found["v2"] == [{"method": "v2", "gains": None}] and found["val"] == probe_set("math-text", "val", 2).digest
