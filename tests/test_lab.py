@@ -19,7 +19,7 @@ from test_portapp import soon
 __all__ = ["browser"]
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 #: They take least of all that have figures; the last of them has a slider.
-OPENED = ("01_exact_adapter", "02_global_alignment", "16_vocab_bridge_a", "22_api_expert", "A2_your_own_expert")
+OPENED = ("01_exact_adapter", "22_api_expert", "A2_your_own_expert")
 
 
 @pytest.fixture(scope="module")
