@@ -3,10 +3,10 @@
 python benchmarks/bridged.py --corpora DIR [--parts v2 shorter natural] [--epochs 3]
 
 `v2` is one change of the head's input (`fit`); `natural` edits every block, and `natural_v2` is v2 behind these edits.
-Part `shorter` is `natural` on less text, every size a run of its own; positions count once however often they were
-read. Beside them bridges that need the expert at run
-time, fitted on all the text. The rate of `natural`, how often it reads the text and all other choices were made on
-validation text. The parts may run side by side.
+Part `shorter` is `natural` on less text, every size a run of its own. Positions count once however often they were
+read: of a run on its way, what it has read so far by how often it reads the text. Beside them bridges that need the
+expert at run time, fitted on all the text. The rate of `natural`, how often it reads the text and all other choices
+were made on validation text. The parts may run side by side.
 """
 
 from __future__ import annotations
