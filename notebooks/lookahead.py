@@ -176,8 +176,8 @@ def budget_figure(
     reference, rows = found[max(found)], []
     for one in () if many is None else many.to_dict("records"):
         names = {"undecided": "undecided", "undecided at least": "least", "total variation": "total variation"}
-        one |= {"total variation": one["total variation"] or torch.nan}  # of the reference itself
-        rows += [(one["prompt"], int(one["passes"]), name, one[column]) for name, column in names.items()]
+        # A logarithmic axis has no place for nothing.
+        rows += [(one["prompt"], int(one["passes"]), name, one[column] or torch.nan) for name, column in names.items()]
     every = [(slice(None), f"mean of {len(prompts)}"), *((n, short(n, p)) for n, p in enumerate(prompts))]
     for number, prompt in every:
         for budget, one in found.items():
