@@ -41,6 +41,7 @@ from chassis_utils import (
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
 from natural import chunks, natural
+from refinement import last_block
 from semantic import Answer, adapted, bytes_first, gains, hidden_to_hidden, judged, target
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "bridged.json"
@@ -63,10 +64,9 @@ class Race:
     rows: list[dict] = field(default_factory=list)
 
     @property
-    def places(self) -> list[int | str]:
+    def places(self) -> tuple[int | str, ...]:
         """What v2 reads of an expert with another tokenizer."""
-        final = self.base.num_layers
-        return [final, final - 1, f"block {final - 1}"]
+        return last_block(self.base.num_layers).places
 
     @cached_property
     def lengths(self) -> list[int]:

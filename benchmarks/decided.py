@@ -35,6 +35,7 @@ from chassis_utils import (  # noqa: E402
 )
 from chassis_utils.bridge import Bridged  # noqa: E402
 from lookahead import followed, judged, least, measured, said_of, tables  # noqa: E402
+from refinement import last_block  # noqa: E402
 from semantic import adapted, target  # noqa: E402
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "decided.json"
@@ -55,7 +56,7 @@ def drawn(places: Places, n: int, seed: int) -> Places:
 def aims(base: LanguageModel, own: LanguageModel, train: Probes, places: Places, right: Bridged) -> dict[str, Bridged]:
     """What adapters are fitted to, by the plain rule and counted on text, one of them, and the bare base."""
     foreign = {name: ForeignExpert(Bridge(own, base, "C"), some) for name, some in (("rule", None), ("counted", train))}
-    reads = [base.num_layers, base.num_layers - 1, f"block {base.num_layers - 1}"]
+    reads = last_block(base.num_layers).places
     there = {name: harvest(base, one, places.probes, "last", reads, progress=False) for name, one in foreign.items()}
     v2 = fit(harvest(base, foreign["counted"], train, "all", reads, progress=False))
     answers = {f"target, {name}": target(one) for name, one in there.items()}

@@ -37,7 +37,7 @@ from chassis_utils import (  # noqa: E402
 from chassis_utils.adapter import assembled  # noqa: E402
 from chassis_utils.distill import PENALTIES  # noqa: E402
 from chassis_utils.solve import Gram, kl_fit, low_rank  # noqa: E402
-from refinement import REFINERS, Rows, families  # noqa: E402
+from refinement import REFINERS, Rows, families, last_block  # noqa: E402
 from semantic import adapted, gains  # noqa: E402
 
 RESULTS = Path(__file__).parents[1] / "notebooks" / "optimum.json"
@@ -87,7 +87,7 @@ def foreign(base: LanguageModel, args: argparse.Namespace) -> None:
     own, (train, val), kept = load("pocket-phi", device="cpu"), texts(base, "math", args), []
     expert = ForeignExpert(Bridge(own, base, "C"), train)
     final = base.num_layers
-    places = [final, final - 1, f"block {final - 1}"]
+    places = last_block(final).places
     a, held = (harvest(base, expert, probes, "all", places, progress=False) for probes in (train, val))
     v2 = fit(a)
     features = Features((final, *(place for place in a.layers if place != final)))

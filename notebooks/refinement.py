@@ -216,11 +216,16 @@ def _near(rows: Rows, start: Adapter, steps: int, rate: float) -> Iterator[Adapt
     yield from adapters or [replace(start, info=start.info | {"within": 0.0, "passes": read // len(own)})]
 
 
+def last_block(final: int) -> Features:
+    """The last two layers, and what every linear map of the block between them reads."""
+    return Features((final, final - 1, f"block {final - 1}"))
+
+
 def families(final: int, random: int = 512, seed: int = 0) -> dict[str, Features]:
     """What a map at the end may read, beside the final state alone, of a model with so many layers."""
     near = f"block {final - 1}"
     drawn = ("relu", "fourier", "square")
-    return {"last_block": Features((final, final - 1, near)), "layers": Features((*range(final + 1), near))} | {
+    return {"last_block": last_block(final), "layers": Features((*range(final + 1), near))} | {
         kind: Features((*range(final + 1), near), random=random, kind=kind, seed=seed) for kind in drawn
     }
 
