@@ -10,7 +10,6 @@ Nothing is chosen here.
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 import time
 from pathlib import Path
@@ -44,13 +43,6 @@ RESULTS = Path(__file__).parents[1] / "notebooks" / "decided.json"
 def together(several: list[Bridged]) -> Bridged:
     """What was found behind one place after the other, as one."""
     return Bridged(*(torch.cat([getattr(one, name) for one in several]) for name in ("mass", "undecided", "passes")))
-
-
-def drawn(places: Places, n: int, seed: int) -> Places:
-    """So many of the places."""
-    if not 1 <= n <= len(places):
-        raise ChassisError(f"{n} places are wanted, and the text holds {len(places)}: ask for fewer")
-    return places.some(sorted(random.Random(seed).sample(range(len(places)), n)))
 
 
 def aims(base: LanguageModel, own: LanguageModel, train: Probes, places: Places, right: Bridged) -> dict[str, Bridged]:
@@ -87,7 +79,7 @@ def main() -> None:
     if args.corpora:
         probes = text(base, args.corpora, "math", "test", 2 * args.tokens)
     everywhere = Places.before_spaces(base, expert, probes)
-    several, places = (drawn(everywhere, n, args.seed) for n in (min(args.tables, len(everywhere)), args.n))
+    several, places = (everywhere.drawn(n, args.seed) for n in (min(args.tables, len(everywhere)), args.n))
     exact, start, each = Bridge(expert, base), time.process_time(), []
     for i in tqdm(range(args.n), desc="places"):
         each.append(followed(exact, places.some(range(i, i + 1)), args.budgets))

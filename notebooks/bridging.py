@@ -163,6 +163,14 @@ class Target:
         return logits
 
 
+def _drawn(probes: Probes, held: int, n: int, seed: int) -> list[int]:
+    """Numbers of n random places of those that probes hold, in order."""
+    if not 1 <= n <= held:
+        told = f"'{probes.name}' ({probes.split}) holds {held}"
+        raise ChassisError(f"{n} places before a space are wanted: {told}: ask for fewer")
+    return sorted(random.Random(seed).sample(range(held), n))
+
+
 @dataclass(frozen=True)
 class Places:
     """Ends of texts that both models have read, and what their heads read there."""
@@ -216,14 +224,14 @@ class Places:
             for cut in sorted(both[0][0].keys() & both[1][0].keys()):
                 if cut >= LEAST and raw[cut : cut + 1] == b" ":
                     found.append((raw[:cut].decode(), *(own[ends[cut]] for ends, own in both), number))
-        n = len(found) if n is None else n
-        if not 1 <= n <= len(found):
-            held = f"'{probes.name}' ({probes.split}) holds {len(found)}"
-            raise ChassisError(f"{n} places before a space are wanted: {held}: ask for fewer")
-        chosen = [found[i] for i in sorted(random.Random(seed).sample(range(len(found)), n))]
+        chosen = [found[i] for i in _drawn(probes, len(found), len(found) if n is None else n, seed)]
         prompts, ours, theirs, passage = zip(*chosen, strict=True)
         probes = Probes(probes.name, probes.split, prompts)
         return cls(probes, base, expert, torch.stack(ours), torch.stack(theirs), torch.tensor(passage))
+
+    def drawn(self, n: int, seed: int = 0) -> Places:
+        """So many of them, at random; ChassisError: there are fewer."""
+        return self.some(_drawn(self.probes, len(self), n, seed))
 
     def some(self, numbers: Iterable[int], name: str | None = None, split: str | None = None) -> Places:
         """Only the places of these numbers, under another name or split if one is given."""

@@ -200,7 +200,7 @@ def test_the_look_ahead_on_many_places_is_kept_by_pair_and_text(
     placed = [row["placed"] for row in told["wide"]]
     assert placed == sorted(placed), "the study's table, and stages A to C"
     with refused("500000 places", "fewer"):
-        decided.drawn(Places.of(*map(load, ("pocket-base", "pocket-phi")), Probes("one", "val", ("The",))), 500_000, 0)
+        Places.of(*map(load, ("pocket-base", "pocket-phi")), Probes("one", "val", ("The",))).drawn(500_000)
 
 
 def test_a_family_is_kept_beside_those_that_were_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
