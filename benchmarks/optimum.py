@@ -52,11 +52,13 @@ def optimum(
     walk = [*REFINERS["near"](Rows(rows, start), start, args.steps, penalty)]
     few = max((one for one in walk if one.info["passes"] <= FEW), key=lambda one: one.info["passes"], default=start)
     found = {"family": family, "rows": len(a), "steps": len(walk), "penalty": penalty}
-    for name, one in {"closed": start, "few": few, "end": walk[-1]}.items():
-        one = replace(one, values=None)  # of the closed form's own map, which is one part of these
-        found[name] = {"passes": one.info.get("passes", 0)}
-        found[name] |= {"rows": float(evaluate(a.base, a.expert, one, a)["recovered"].iloc[-1])}
-        row = evaluate(held.base, held.expert, one, held).iloc[-1]
+    stops = {"closed": start, "few": few, "end": walk[-1]}
+    # Without values of the closed form's own map, which is one part of these.
+    adapters = [replace(one, values=None).named(name) for name, one in stops.items()]
+    on_rows, on_text = (evaluate(x.base, x.expert, adapters, x).set_index("method") for x in (a, held))
+    for name, one in stops.items():
+        found[name] = {"passes": one.info.get("passes", 0), "rows": float(on_rows.loc[name, "recovered"])}
+        row = on_text.loc[name]
         found[name] |= {side: float(row[side]) for side in ("recovered", "recovered_low", "recovered_high")}
     return found | {"within": walk[-1].info["within"], "n": len(held), "kl_identity": float(row["kl_identity"])}
 
